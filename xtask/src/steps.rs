@@ -1,0 +1,239 @@
+//! What each chore runs.
+//!
+//! Target directories: the workspace's own for everything ordinary; `loom` below it, because the models are
+//! built with another `cfg`; `fuzz` below it, because fuzzing is a workspace of its own.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// The first command of the README, behind `sh -c`.
+const PIPELINE: &str = "seq 3000000 | sort -r -S 1G | md5sum";
+
+/// How long a step may take where nobody watches, unless it says otherwise.
+const MINUTES: u64 = 8;
+/// The same for the tests, which have watchdogs of their own far below.
+const TEST_MINUTES: u64 = 20;
+
+/// One command, and how it is judged.
+pub(crate) struct Step {
+    pub(crate) name: &'static str,
+    program: &'static str,
+    arguments: Vec<String>,
+    variables: Vec<(&'static str, OsString)>,
+    judge: Judge,
+    minutes: u64,
+}
+
+enum Judge {
+    /// By its exit code.
+    Exit,
+    /// By its output as well, which must be that of [`PIPELINE`] run by itself.
+    SameAsPlain,
+}
+
+/// How a step ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Outcome {
+    Passed,
+    Failed(String),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Passed => f.write_str("passed"),
+            Self::Failed(why) => write!(f, "FAILED ({why})"),
+        }
+    }
+}
+
+impl Step {
+    fn cargo(name: &'static str, arguments: &str) -> Self {
+        Self {
+            name,
+            program: "cargo",
+            arguments: arguments.split_whitespace().map(str::to_owned).collect(),
+            variables: Vec::new(),
+            judge: Judge::Exit,
+            minutes: MINUTES,
+        }
+    }
+
+    fn with(mut self, variable: &'static str, value: impl Into<OsString>) -> Self {
+        self.variables.push((variable, value.into()));
+        self
+    }
+
+    fn and(mut self, more: &[String]) -> Self {
+        self.arguments.extend_from_slice(more);
+        self
+    }
+
+    /// What to type to run it by hand.
+    pub(crate) fn line(&self) -> String {
+        let quote = |text: &str| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./:,".contains(c);
+            if text.chars().all(plain) { text.to_owned() } else { format!("'{text}'") }
+        };
+        let variables =
+            self.variables.iter().map(|(name, value)| format!("{name}={}", quote(&value.to_string_lossy())));
+        let words =
+            std::iter::once(self.program.to_owned()).chain(self.arguments.iter().map(|word| quote(word)));
+        variables.chain(words).collect::<Vec<_>>().join(" ")
+    }
+
+    pub(crate) fn run(&self, root: &Path) -> Outcome {
+        let mut command = Command::new(self.program);
+        command.args(&self.arguments).envs(self.variables.clone()).current_dir(root).stdin(Stdio::null());
+        let done = match self.judge {
+            Judge::Exit => self.carry_out(command),
+            // A line fits into the pipe: it is read when the command has ended.
+            Judge::SameAsPlain => self.carry_out_captured(command),
+        };
+        done.unwrap_or_else(|error| Outcome::Failed(format!("{}: {error}", self.program)))
+    }
+
+    fn carry_out(&self, mut command: Command) -> io::Result<Outcome> {
+        let status = wait(&mut start(&mut command)?, self.minutes)?;
+        Ok(judge(status, self.minutes))
+    }
+
+    fn carry_out_captured(&self, mut command: Command) -> io::Result<Outcome> {
+        let mut child = start(command.stdout(Stdio::piped()))?;
+        let status = wait(&mut child, self.minutes)?;
+        if judge(status, self.minutes) != Outcome::Passed {
+            return Ok(judge(status, self.minutes));
+        }
+        let mut managed = String::new();
+        if let Some(mut output) = child.stdout.take() {
+            output.read_to_string(&mut managed)?;
+        }
+        let plain = Command::new("sh").args(["-c", PIPELINE]).stdin(Stdio::null()).output()?.stdout;
+        let plain = String::from_utf8_lossy(&plain);
+        print!("with uhmm     {managed}without uhmm  {plain}");
+        if managed == plain {
+            Ok(Outcome::Passed)
+        } else {
+            Ok(Outcome::Failed("the output differs".to_owned()))
+        }
+    }
+}
+
+fn judge(status: Option<ExitStatus>, minutes: u64) -> Outcome {
+    match status {
+        Some(status) if status.success() => Outcome::Passed,
+        Some(status) => Outcome::Failed(status.to_string()),
+        None => Outcome::Failed(format!("not done after {minutes} minutes")),
+    }
+}
+
+fn is_watched() -> bool {
+    std::env::var_os("CI").is_none()
+}
+
+fn start(command: &mut Command) -> io::Result<Child> {
+    // A group of its own, so that everything that hangs can be ended; at a terminal, ^C does that.
+    if is_watched() { command.spawn() } else { command.process_group(0).spawn() }
+}
+
+/// Waits for the end; where nobody watches, to the deadline.
+fn wait(child: &mut Child, minutes: u64) -> io::Result<Option<ExitStatus>> {
+    if is_watched() {
+        return child.wait().map(Some);
+    }
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(60 * minutes) {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let group = format!("-{}", child.id());
+    Command::new("sh").args(["-c", "kill -KILL -- \"$0\"", &group]).status()?;
+    child.wait().map(|_| None)
+}
+
+/// A directory below the workspace's target directory.
+fn below_target(name: &str) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| crate::root().join("target"), PathBuf::from)
+        .join(name)
+}
+
+pub(crate) fn ci() -> Vec<Step> {
+    let mut all = fmt(&["--check".to_owned()]);
+    all.extend(lint());
+    all.extend(test());
+    all.extend(loom());
+    all.extend(fuzz_smoke(&[]));
+    all.extend(conformance());
+    all.extend(bench_smoke());
+    all.extend(first_run());
+    all
+}
+
+pub(crate) fn fmt(more: &[String]) -> Vec<Step> {
+    vec![
+        Step::cargo("fmt", "fmt --all").and(more),
+        Step::cargo("fmt-fuzz", "fmt --manifest-path fuzz/Cargo.toml").and(more),
+    ]
+}
+
+pub(crate) fn lint() -> Vec<Step> {
+    vec![
+        Step::cargo("clippy", "clippy --workspace --all-targets -- -D warnings"),
+        Step::cargo("clippy-fuzz", "clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings")
+            .with("CARGO_TARGET_DIR", below_target("fuzz")),
+        Step::cargo("doc", "doc --workspace --no-deps").with("RUSTDOCFLAGS", "-D warnings"),
+    ]
+}
+
+pub(crate) fn test() -> Vec<Step> {
+    // Where these run, userfaultfd must be there: a test that skips for want of it fails.
+    let mut step = Step::cargo("test", "test --workspace")
+        .with("UHMM_REQUIRE_UFFD", "1")
+        .with("UHMM_REQUIRE_PROGRAMS", "1");
+    step.minutes = TEST_MINUTES;
+    vec![step]
+}
+
+pub(crate) fn loom() -> Vec<Step> {
+    vec![
+        Step::cargo("loom", "test -p uhmm-core --release --lib loom")
+            .with("RUSTFLAGS", "--cfg loom")
+            .with("LOOM_MAX_PREEMPTIONS", "2")
+            .with("CARGO_TARGET_DIR", below_target("loom")),
+    ]
+}
+
+pub(crate) fn fuzz_smoke(more: &[String]) -> Vec<Step> {
+    vec![
+        Step::cargo("fuzz-smoke", "run --release --manifest-path fuzz/Cargo.toml --bin smoke --")
+            .and(more)
+            .with("CARGO_TARGET_DIR", below_target("fuzz")),
+    ]
+}
+
+pub(crate) fn conformance() -> Vec<Step> {
+    vec![
+        Step::cargo("devices", "test -p uhmm-devices --test suite"),
+        Step::cargo("sim-host", "test -p uhmm-testdev --tests"),
+        Step::cargo("linux-host", "test -p uhmm-sys --lib -- host:: uffd::"),
+    ]
+}
+
+pub(crate) fn bench_smoke() -> Vec<Step> {
+    vec![Step::cargo("bench", "run --release -- bench --quick")]
+}
+
+pub(crate) fn first_run() -> Vec<Step> {
+    let mut step = Step::cargo("first-run", "run --release -- run --ram 64MiB -- sh -c");
+    step.arguments.push(PIPELINE.to_owned());
+    step.judge = Judge::SameAsPlain;
+    vec![step]
+}
