@@ -1,0 +1,163 @@
+//! The port to a device: memory that holds pages, and an engine that copies them.
+//!
+//! What     [`Device`], which every backend implements, and [`Transfer`], one piece of work for it.
+//! Why      migration, fault-back and eviction are the same for RAM, a file, a GPU or a remote store;
+//!          only the copy differs.
+//! Owns     a device owns its bytes. Which of its pages are in use is the pagemap's business
+//!          ([`crate::pagemap`]): a device never allocates pages and never counts references.
+//! Locks    a device is called with no lock of this crate held, from any thread, several at a time.
+//! Fails    per transfer, in its outcome; a transfer that failed has changed nothing that anybody may
+//!          rely on, and its page stays where it was (rule R1).
+//!
+//! `read` is called by fault handlers: it must not allocate, log, touch managed memory, or wait for a lock
+//! that a thread may hold while it touches managed memory (rule R7).
+
+use core::fmt;
+use core::ptr::NonNull;
+
+use uhmm_addr::{PAGE_SIZE, PageCount};
+
+/// How the CPU sees a device's memory (the kernel's `enum memory_type`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MemoryType {
+    /// The CPU cannot touch it; a touch brings the page home (`MEMORY_DEVICE_PRIVATE`).
+    Private,
+    /// The CPU maps it in place (`MEMORY_DEVICE_COHERENT`).
+    Coherent,
+}
+
+/// A page of one device, counted from the device's first page.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct DevicePage(pub u64);
+
+impl DevicePage {
+    /// Byte offset from the start of the device.
+    pub const fn offset(self) -> u64 {
+        self.0 * PAGE_SIZE as u64
+    }
+}
+
+/// Why a transfer did not happen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TransferError {
+    /// The device has no room for these bytes (`ENOSPC`, `EDQUOT`). Freeing pages may help.
+    Full,
+    /// The medium answered with this error number.
+    Io(i32),
+    /// The medium ended early: so many bytes of the transfer exist (a file that was truncated).
+    Short(u32),
+    /// The device is gone for good.
+    Gone,
+}
+
+impl fmt::Display for TransferError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full => f.write_str("the device is full"),
+            Self::Io(errno) => write!(f, "the device failed with error {errno}"),
+            Self::Short(bytes) => write!(f, "the device ended after {bytes} bytes"),
+            Self::Gone => f.write_str("the device is gone"),
+        }
+    }
+}
+
+impl core::error::Error for TransferError {}
+
+/// One contiguous copy between RAM and consecutive pages of a device.
+#[derive(Debug)]
+pub struct Transfer {
+    page: DevicePage,
+    ram: NonNull<u8>,
+    pages: PageCount,
+    outcome: Result<(), TransferError>,
+}
+
+// SAFETY: a transfer is a description; whoever made it promised (`Transfer::new`) that the memory may be
+// accessed until the batch has been carried out, which does not depend on the thread.
+unsafe impl Send for Transfer {}
+
+impl Transfer {
+    /// Describes a copy between `pages` pages at `ram` and as many pages of the device from `page` on.
+    ///
+    /// # Safety
+    /// From now until the call of [`Device::read`] or [`Device::write`] that gets this transfer has
+    /// returned, `ram` must be valid for reads and writes of that many bytes, aligned to a page, and no
+    /// Rust reference to those bytes may exist. For a read, nobody else may access them.
+    pub const unsafe fn new(page: DevicePage, ram: NonNull<u8>, pages: PageCount) -> Self {
+        Self { page, ram, pages, outcome: Ok(()) }
+    }
+
+    /// A transfer of nothing, to fill arrays with.
+    pub(crate) const fn vacant() -> Self {
+        Self { page: DevicePage(0), ram: NonNull::dangling(), pages: PageCount::ZERO, outcome: Ok(()) }
+    }
+
+    /// Adds a copy that goes on where this one ends, on both sides. `false` if it does not.
+    pub(crate) fn extend(&mut self, page: DevicePage, ram: NonNull<u8>, pages: PageCount) -> bool {
+        let follows = self.page.0 + self.pages.get() as u64 == page.0
+            && self.ram.as_ptr().wrapping_add(self.bytes()) == ram.as_ptr();
+        if follows {
+            self.pages = self.pages.plus(pages);
+        }
+        follows
+    }
+
+    /// First page on the device.
+    pub const fn page(&self) -> DevicePage {
+        self.page
+    }
+
+    /// First byte in RAM.
+    pub const fn ram(&self) -> NonNull<u8> {
+        self.ram
+    }
+
+    /// Length in pages.
+    pub const fn pages(&self) -> PageCount {
+        self.pages
+    }
+
+    /// Length in bytes.
+    pub const fn bytes(&self) -> usize {
+        self.pages.bytes()
+    }
+
+    /// What became of it; `Ok` until the device says otherwise.
+    pub const fn outcome(&self) -> Result<(), TransferError> {
+        self.outcome
+    }
+
+    /// Called by the device: this transfer failed.
+    pub const fn fail(&mut self, error: TransferError) {
+        self.outcome = Err(error);
+    }
+}
+
+/// Memory that can hold pages, with the engine that copies them.
+pub trait Device: Send + Sync {
+    /// What people call it: its URL.
+    fn name(&self) -> &str;
+
+    /// How the CPU sees it.
+    fn memory_type(&self) -> MemoryType;
+
+    /// How many pages it can hold. Fixed for the device's life.
+    fn capacity(&self) -> PageCount;
+
+    /// Copies RAM to the device, every transfer of the batch, in any order. Returns when all are done and
+    /// each failed one has its [`Transfer::fail`].
+    fn write(&self, batch: &mut [Transfer]);
+
+    /// Copies the device to RAM, likewise. A page that was never written reads as zeros.
+    fn read(&self, batch: &mut [Transfer]);
+
+    /// As [`Device::read`], of pages that no thread waits for right now: their bytes need not come by way of the
+    /// processor's caches.
+    fn read_ahead(&self, batch: &mut [Transfer]) {
+        self.read(batch);
+    }
+
+    /// Gives the space of these pages back to whoever lent it (hole punching, discard). What they hold
+    /// afterwards is zeros. The caller owns the pages: nobody reads or writes them meanwhile.
+    fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError>;
+}

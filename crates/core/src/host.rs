@@ -1,0 +1,152 @@
+//! The port to the operating system: what it does to the program's page table for us.
+//!
+//! What     [`Host`], implemented by `uhmm-sys` on userfaultfd and by the simulated host of the tests.
+//! Why      the protocol of migration and fault resolution can then be model-checked and failed at every
+//!          step with no kernel in reach.
+//! Owns     nothing. A host keeps no page state and never retries on its own: it says how far a call got
+//!          and why it stopped, and the mechanisms decide.
+//! Locks    called with the layout lock held for reading where the module says so, otherwise with none.
+//! Fails    every call reports a [`Progress`]; `Stop` names the next step of the caller.
+
+use core::ptr::NonNull;
+
+use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+
+use crate::sync::Park;
+
+/// Why a call on a range of pages ended where it did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// At the end of the range.
+    Complete,
+    /// An event (munmap, mremap, fork, madvise) waits to be read: let go of every lock, let the events be
+    /// read, look everything up again. The call may have stopped for another reason as well, which the
+    /// next call at this page tells.
+    Pending,
+    /// The next page is pinned for DMA or shared by fork. Back off; another way may copy it.
+    Busy,
+    /// The next page of the destination is there already. Somebody resolved it first.
+    Present,
+    /// The next page of the source is not there: a hole.
+    Hole,
+    /// The mapping does not allow it (read-only, locked, not anonymous, of another protection). Another
+    /// way may work; this one never will.
+    Refused,
+    /// No mapping at the next page, or none that is registered.
+    Unmapped,
+    /// No memory for the page.
+    NoMemory,
+    /// The process is exiting.
+    Exiting,
+    /// An error number that no rule covers.
+    Errno(i32),
+}
+
+/// How far a call on a range of pages got. Counts are pages and never negative: the kernel reports an
+/// error in the field that otherwise counts bytes, and that is decoded once, in the adapter.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    /// Pages done, from the front.
+    pub done: PageCount,
+    /// Why not more.
+    pub stop: Stop,
+}
+
+impl Progress {
+    /// The whole range.
+    pub const fn complete(pages: PageCount) -> Self {
+        Self { done: pages, stop: Stop::Complete }
+    }
+
+    /// `done` pages, then `stop`.
+    pub const fn stopped(done: PageCount, stop: Stop) -> Self {
+        Self { done, stop }
+    }
+
+    /// Whether the whole range was done.
+    pub const fn is_complete(self) -> bool {
+        matches!(self.stop, Stop::Complete)
+    }
+}
+
+/// How a page is installed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Install {
+    /// Writable as far as the mapping is.
+    Writable,
+    /// Write-protected: the first write raises a fault of kind [`crate::fault::Access::WriteProtected`].
+    Tracked,
+}
+
+/// What the operating system does for us. `range` is always the program's memory, `slot` the arena's.
+///
+/// None of these can lose contents by itself, with two exceptions that take their source away and are
+/// therefore `unsafe` to call: [`Host::isolate`] and [`Host::discard`].
+pub trait Host: Park {
+    /// Whether frames can change places at all; where not, `isolate` and `install` always refuse.
+    fn can_move(&self) -> bool {
+        true
+    }
+
+    /// Moves the frames of `range` into the empty arena slots at `slot`, each page atomically
+    /// (`UFFDIO_MOVE`). A touch of a moved page faults. [`Stop::Refused`] where the kernel cannot move.
+    ///
+    /// # Safety
+    /// The pages vanish from `range`: the caller must have claimed their page words, and must put them
+    /// back or record where they went.
+    unsafe fn isolate(&self, range: VaRange, slot: VirtAddr) -> Progress;
+
+    /// Moves frames from the arena slots at `slot` to the absent pages of `range`, and wakes whoever waits
+    /// for them.
+    ///
+    /// # Safety
+    /// The slots must be the caller's own (a [`crate::frame::Run`]); they are empty afterwards as far as
+    /// the progress says.
+    unsafe fn install(&self, slot: VirtAddr, range: VaRange) -> Progress;
+
+    /// Fills the absent pages of `range` with a copy of `source` and wakes whoever waits for them
+    /// (`UFFDIO_COPY`).
+    ///
+    /// # Safety
+    /// `source` must be readable for the length of `range` and must not be managed memory.
+    unsafe fn install_copy(&self, source: NonNull<u8>, range: VaRange, how: Install) -> Progress;
+
+    /// Fills empty arena slots with a copy of the present pages of `range` (the fallback's copy-out).
+    /// The caller has write-protected `range` before.
+    ///
+    /// # Safety
+    /// The slots must be the caller's own and empty.
+    unsafe fn copy_out(&self, range: VaRange, slot: VirtAddr) -> Progress;
+
+    /// Makes the absent pages of `range` zero and wakes whoever waits.
+    fn install_zero(&self, range: VaRange) -> Progress;
+
+    /// Write-protects the present pages of `range`, or lifts that and wakes the writers that wait.
+    fn write_protect(&self, range: VaRange, protect: bool) -> Progress;
+
+    /// Takes the pages of `range` away (`MADV_DONTNEED`).
+    ///
+    /// # Safety
+    /// The contents are lost: the caller must have copied them, with writes shut out before the copy.
+    unsafe fn discard(&self, range: VaRange) -> Progress;
+
+    /// Whether the 2 MiB of `range` are mapped by one huge page.
+    fn is_huge(&self, range: VaRange) -> bool;
+
+    /// The present pages of `range`, in order, into `found`. Returns how many entries were filled and the
+    /// page up to which was looked: further than which, or past the end, the caller asks again.
+    fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn);
+
+    /// Lets the frames of arena slots go back to the system; the slots are empty afterwards.
+    ///
+    /// # Safety
+    /// The slots must be the caller's own.
+    unsafe fn release(&self, slots: VaRange);
+
+    /// Wakes every thread that waits for a page of `range`.
+    fn wake(&self, range: VaRange);
+
+    /// Makes any access to the absent pages of `range` raise SIGBUS, and wakes whoever waits.
+    fn poison(&self, range: VaRange) -> Progress;
+}

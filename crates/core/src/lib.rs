@@ -1,0 +1,38 @@
+//! The mechanisms of uhmm over two ports, [`Host`](host::Host) and [`Device`](device::Device).
+//!
+//! | room          | holds                                                                   |
+//! |---------------|-------------------------------------------------------------------------|
+//! | [`mm`]        | one address space: the table, the arena, the pagemaps and the host      |
+//! | [`pagetable`] | the page word and its transitions                                       |
+//! | [`frame`]     | RAM frames of our own, in an arena of slots                             |
+//! | [`pagemap`]   | devices' pages: allocation, references, free                            |
+//! | [`fault`]     | a touch of an absent page: decision, fault-around, resolution           |
+//! | [`migrate`]   | out of RAM, in phases                                                   |
+//! | [`host`], [`device`] | the two ports                                                    |
+//!
+//! There are no system calls, threads, clocks or environment here, so that loom can explore the crate and
+//! the tests can fail it at any step.
+//!
+//! Lock order, outermost first; no lock is held across a device transfer, except a claim on a page word:
+//!
+//! ```text
+//! Mm::layout       readers: pages go out or come in; writer: the program's mappings change
+//!   page word      a claim (Moving): never waited for under the layout lock held for writing
+//!     fallback     one discard of our own at a time
+//!     Arena::gate  the pool of frames
+//! ```
+#![no_std]
+extern crate alloc;
+#[cfg(any(test, loom))]
+extern crate std;
+
+pub mod device;
+pub mod fault;
+pub mod frame;
+pub mod host;
+pub mod migrate;
+pub mod mm;
+pub mod pagemap;
+pub mod pagetable;
+pub mod stats;
+pub mod sync;

@@ -1,0 +1,212 @@
+//! Device pages: allocation, references, trimming.
+
+use alloc::sync::Arc;
+use std::sync::Mutex;
+use std::vec;
+use std::vec::Vec;
+
+use uhmm_addr::{PageCount, Pfn, PfnRange};
+
+use super::descriptors::Descriptors;
+use super::{DescriptorMemory, GROUP_PAGES, Pagemap, PagemapSet};
+use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
+
+/// A device that only remembers what was discarded.
+struct Discards {
+    pages: usize,
+    seen: Mutex<Vec<(u64, usize)>>,
+    refuses: bool,
+}
+
+impl Device for Discards {
+    fn name(&self) -> &str {
+        "discards:"
+    }
+
+    fn memory_type(&self) -> MemoryType {
+        MemoryType::Private
+    }
+
+    fn capacity(&self) -> PageCount {
+        PageCount::new(self.pages)
+    }
+
+    fn write(&self, _batch: &mut [Transfer]) {}
+
+    fn read(&self, _batch: &mut [Transfer]) {}
+
+    fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
+        self.seen.lock().unwrap().push((page.0, pages.get()));
+        if self.refuses { Err(TransferError::Io(95)) } else { Ok(()) }
+    }
+}
+
+const START: Pfn = Pfn::new(1000);
+
+fn device(pages: usize, refuses: bool) -> Arc<Discards> {
+    Arc::new(Discards { pages, seen: Mutex::default(), refuses })
+}
+
+fn map(pages: usize) -> Pagemap {
+    Pagemap::new(START, device(pages, false))
+}
+
+fn allocate(map: &Pagemap, most: usize) -> Option<(u64, usize)> {
+    map.allocate(PageCount::new(most)).map(|got| (got.start.get() - START.get(), got.pages.get()))
+}
+
+fn pfn(n: usize) -> Pfn {
+    START.forward(PageCount::new(n))
+}
+
+#[test]
+fn pages_are_handed_out_in_order_and_come_back() {
+    let map = map(8);
+    assert_eq!(allocate(&map, 3), Some((0, 3)));
+    assert_eq!(allocate(&map, 3), Some((3, 3)));
+    assert_eq!(allocate(&map, 3), Some((6, 2)), "as many as are left");
+    assert_eq!(allocate(&map, 1), None);
+    assert_eq!(map.live().get(), 8);
+    map.put(pfn(4));
+    map.put(pfn(1));
+    map.put(pfn(2));
+    assert_eq!(allocate(&map, 8), Some((1, 2)), "the search goes round");
+    assert_eq!(allocate(&map, 8), Some((4, 1)));
+    map.put_range(PfnRange::new(START, PageCount::new(8)));
+    assert_eq!(map.live(), PageCount::ZERO);
+}
+
+#[test]
+fn a_page_is_free_when_the_last_reference_is_put() {
+    let map = map(4);
+    assert_eq!(allocate(&map, 1), Some((0, 1)));
+    map.get(pfn(0));
+    assert_eq!(map.count(pfn(0)), 2);
+    map.put(pfn(0));
+    assert_eq!((map.count(pfn(0)), map.live().get()), (1, 1));
+    map.put(pfn(0));
+    assert_eq!((map.count(pfn(0)), map.live().get()), (0, 0));
+}
+
+#[test]
+#[should_panic(expected = "a reference too few")]
+#[cfg(debug_assertions)]
+fn a_reference_too_few_is_a_bug() {
+    map(4).put(pfn(2));
+}
+
+#[test]
+#[should_panic(expected = "a reference to the free page")]
+#[cfg(debug_assertions)]
+fn a_reference_to_a_free_page_is_a_bug() {
+    map(4).get(pfn(2));
+}
+
+#[test]
+fn allocations_stay_inside_a_group() {
+    let map = map(2 * GROUP_PAGES + 10);
+    assert_eq!(allocate(&map, 500), Some((0, 500)));
+    assert_eq!(allocate(&map, 500), Some((500, 12)));
+    assert_eq!(allocate(&map, 5000), Some((512, 512)));
+    assert_eq!(allocate(&map, 5000), Some((1024, 10)));
+    assert_eq!(allocate(&map, 1), None);
+}
+
+#[test]
+fn huge_pages_are_whole_free_groups() {
+    let map = map(3 * GROUP_PAGES + 5);
+    assert_eq!(allocate(&map, 1), Some((0, 1)));
+    let first = map.allocate_huge().unwrap();
+    assert_eq!((first.start, first.pages.get()), (pfn(GROUP_PAGES), GROUP_PAGES));
+    assert_eq!(map.allocate_huge().unwrap().start, pfn(2 * GROUP_PAGES));
+    assert_eq!(map.allocate_huge(), None, "the first is in use, the last too short");
+    assert_eq!(map.live().get(), 1 + 2 * GROUP_PAGES);
+    // A part of it given back is not a group again, the rest of it makes it one.
+    map.put(pfn(GROUP_PAGES + 3));
+    assert_eq!(map.allocate_huge(), None);
+    map.put_range(PfnRange::new(pfn(GROUP_PAGES), PageCount::new(3)));
+    map.put_range(PfnRange::new(pfn(GROUP_PAGES + 4), PageCount::new(GROUP_PAGES - 4)));
+    assert_eq!(map.allocate_huge(), Some(first));
+}
+
+#[test]
+fn trim_gives_back_what_was_used_and_is_empty() {
+    for refuses in [false, true] {
+        let device = device(2 * GROUP_PAGES + 10, refuses);
+        let map = Pagemap::new(START, device.clone());
+        assert_eq!(map.trim(8), PageCount::ZERO, "nothing was used");
+        let (first, second, last) = (
+            map.allocate(PageCount::new(GROUP_PAGES)).unwrap(),
+            map.allocate(PageCount::new(1)).unwrap(),
+            map.allocate_huge(),
+        );
+        assert_eq!((second.start, last), (pfn(GROUP_PAGES), None));
+        map.put_range(first);
+        let given = if refuses { 0 } else { GROUP_PAGES };
+        assert_eq!(map.trim(8).get(), given);
+        assert_eq!(*device.seen.lock().unwrap(), vec![(0, GROUP_PAGES)], "the second group is in use");
+        assert_eq!(map.trim(8), PageCount::ZERO, "once");
+        assert_eq!(map.allocate_huge(), Some(first), "and it can be used again");
+    }
+}
+
+#[test]
+fn trim_of_the_short_group_at_the_end() {
+    let device = device(GROUP_PAGES + 10, false);
+    let map = Pagemap::new(START, device.clone());
+    let _all = map.allocate(PageCount::new(GROUP_PAGES)).unwrap();
+    map.put_range(map.allocate(PageCount::new(GROUP_PAGES)).unwrap());
+    assert_eq!(map.trim(1).get(), 10);
+    assert_eq!(*device.seen.lock().unwrap(), vec![(GROUP_PAGES as u64, 10)]);
+}
+
+#[test]
+fn a_guard_keeps_allocation_out() {
+    let counts = Descriptors::owned(PageCount::new(GROUP_PAGES));
+    assert_eq!(counts.guard_idle_group(), None, "never used");
+    assert_eq!(counts.allocate(0, 1), Some((0, 1)));
+    assert_eq!(counts.guard_idle_group(), None, "in use");
+    counts.put(0);
+    assert_eq!(counts.guard_idle_group(), Some(0));
+    assert_eq!(counts.guard_idle_group(), None, "guarded already");
+    assert_eq!((counts.allocate(0, 1), counts.allocate_group()), (None, None));
+    counts.unguard(0);
+    assert_eq!(counts.allocate_group(), Some(0));
+}
+
+#[test]
+fn processes_that_share_the_descriptors_share_the_pages() {
+    let device = device(16, false);
+    let mut memory = vec![0_u64; DescriptorMemory::bytes_for(PageCount::new(16)).div_ceil(8)];
+    let words = core::ptr::NonNull::new(memory.as_mut_ptr()).unwrap().cast();
+    // SAFETY: the vector is long enough, zero, aligned to 8, and outlives both.
+    let [a, b] =
+        [(); 2].map(|()| unsafe { Pagemap::over(START, device.clone(), DescriptorMemory::new(words)) });
+    assert_eq!((allocate(&a, 4), allocate(&b, 4)), (Some((0, 4)), Some((4, 4))));
+    b.put(pfn(0));
+    assert_eq!((a.count(pfn(0)), a.live().get(), b.live().get()), (0, 7, 7));
+}
+
+#[test]
+fn a_set_finds_the_pagemap_of_a_pfn() {
+    let maps = [0, 100, 50].map(|start| Arc::new(Pagemap::new(Pfn::new(start), device(50, false))));
+    let set = PagemapSet::new(maps.clone());
+    for (pfn, expected) in [(0, 0), (49, 0), (50, 2), (99, 2), (100, 1), (149, 1)] {
+        assert!(Arc::ptr_eq(set.of(Pfn::new(pfn)), &maps[expected]), "pfn {pfn}");
+    }
+    assert_eq!(set.iter().count(), 3);
+    assert_eq!(maps[1].device_page(Pfn::new(103)), DevicePage(3));
+}
+
+#[test]
+#[should_panic(expected = "overlaps")]
+fn overlapping_pagemaps_are_refused() {
+    let maps = [0, 49].map(|start| Arc::new(Pagemap::new(Pfn::new(start), device(50, false))));
+    let _ = PagemapSet::new(maps);
+}
+
+#[test]
+#[should_panic(expected = "a pfn without a pagemap")]
+fn a_pfn_of_nobody_is_a_bug() {
+    let _ = PagemapSet::default().of(Pfn::new(1));
+}

@@ -1,0 +1,137 @@
+//! The page table: one word per page of the managed address space.
+//!
+//! What    [`PageTable`], a flat array of [`PageWord`]s indexed by virtual page number, and [`Entry`], one
+//!         of them, whose transitions are the only way to change it.
+//!         [`PageTable::used`] finds the chunks that any word was ever looked up in.
+//! Why     a flat array over reserved, lazily backed memory needs no allocation and no lock to look a page
+//!         up, which is what a fault handler needs (rule R7), and costs memory only where pages are used.
+//! Owns    a word owns the device page or the arena slot in its payload: whoever takes the payload out of
+//!         the word by a transition owns it from then on.
+//! Claims  `Moving` is a claim: the thread that made the transition to it, and nobody else, leaves it. Others
+//!         may only add the waited flag (and must then be woken) and the discarded flag.
+//! Locks   none. The table as a whole changes shape (unmap, remap, fork) under the layout lock only.
+//! Fails   a transition that lost a race returns the word that it found.
+
+mod entry;
+#[cfg(all(test, loom))]
+mod loom;
+#[cfg(all(test, not(loom)))]
+mod tests;
+mod word;
+
+use alloc::boxed::Box;
+use core::fmt;
+use core::ptr::NonNull;
+
+use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
+
+pub use entry::{Discard, Entry, Leave};
+pub use word::{Kind, PageWord, State};
+
+use crate::sync::{AtomicU64, Ordering};
+
+/// The words of all pages from `first` on.
+pub struct PageTable {
+    words: NonNull<AtomicU64>,
+    first: Vpn,
+    pages: PageCount,
+    // One bit for every chunk: looking a word up backs its memory, so that walks must know where to go.
+    used: NonNull<AtomicU64>,
+    _owned: Option<[Box<[AtomicU64]>; 2]>,
+}
+
+// SAFETY: the table is an array of atomics that lives as long as the table does (see the constructors).
+unsafe impl Send for PageTable {}
+// SAFETY: as above; all access goes through atomics.
+unsafe impl Sync for PageTable {}
+
+impl fmt::Debug for PageTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageTable").field("first", &self.first).field("pages", &self.pages).finish()
+    }
+}
+
+impl PageTable {
+    /// A table over memory that the caller provides: reserved address space, private or shared between
+    /// processes, whose bytes are zero where nothing was stored yet.
+    ///
+    /// # Safety
+    /// `words` must be aligned and valid for reads and writes of `pages` words, and `used` of
+    /// [`PageTable::used_words`], as long as the table lives, and be accessed as this table only. `first`
+    /// must start a chunk.
+    #[cfg(not(loom))]
+    pub unsafe fn over(words: NonNull<u64>, used: NonNull<u64>, first: Vpn, pages: PageCount) -> Self {
+        Self { words: words.cast(), first, pages, used: used.cast(), _owned: None }
+    }
+
+    /// Words needed to remember which chunks of `pages` pages are used.
+    pub const fn used_words(pages: PageCount) -> usize {
+        pages.get().div_ceil(CHUNK_PAGES).div_ceil(64)
+    }
+
+    /// A table in memory of its own, for small address spaces and for tests.
+    pub fn owned(first: Vpn, pages: PageCount) -> Self {
+        assert_eq!(first.in_chunk(), 0, "a table starts at a chunk");
+        let zeros = |len: usize| -> Box<[AtomicU64]> { (0..len).map(|_| AtomicU64::new(0)).collect() };
+        let owned = [zeros(pages.get()), zeros(pages.get().div_ceil(CHUNK_PAGES).div_ceil(64))];
+        // The boxes are never moved out of, so that the pointers stay valid while the table lives.
+        let (words, used) = (NonNull::from(&*owned[0]).cast(), NonNull::from(&*owned[1]).cast());
+        Self { words, first, pages, used, _owned: Some(owned) }
+    }
+
+    /// Whether the table has a word for every page of `range`.
+    pub fn covers(&self, range: VaRange) -> bool {
+        self.first <= range.first() && range.end_page() <= self.first.forward(self.pages)
+    }
+
+    /// The word of `page`.
+    ///
+    /// # Panics
+    /// If the table does not cover the page.
+    pub fn entry(&self, page: Vpn) -> Entry<'_> {
+        self.get(page).expect("the page lies outside of the page table")
+    }
+
+    /// The word of `page`, if the table covers it.
+    pub fn get(&self, page: Vpn) -> Option<Entry<'_>> {
+        let index = page.get().checked_sub(self.first.get()).filter(|index| *index < self.pages.get())?;
+        let (word, bit) = self.used_bit(index / CHUNK_PAGES);
+        if word.load(Ordering::Relaxed) & bit == 0 {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+        // SAFETY: the index is inside the array, which lives as long as `self` by the constructors'
+        // contracts.
+        let word = unsafe { self.words.add(index).as_ref() };
+        Some(Entry::new(word))
+    }
+
+    fn used_bit(&self, chunk: usize) -> (&AtomicU64, u64) {
+        // SAFETY: callers pass chunks of the table, for each of which the array has a bit.
+        let word = unsafe { self.used.add(chunk / 64).as_ref() };
+        (word, 1 << (chunk % 64))
+    }
+
+    /// The parts of `range` whose words may be other than empty, cut at chunk borders. Pages outside of the
+    /// table have no words.
+    pub fn used(&self, range: VaRange) -> impl Iterator<Item = VaRange> {
+        let all = VaRange::of_pages(self.first, self.pages);
+        let mut rest = all.and_then(|all| range.intersect(all));
+        core::iter::from_fn(move || {
+            loop {
+                let here = rest?;
+                let chunk = (here.first().get() - self.first.get()) / CHUNK_PAGES;
+                let (word, bit) = self.used_bit(chunk);
+                let bits = word.load(Ordering::Relaxed) & !(bit - 1);
+                // Chunks from here to the next used one, or to the end of this word of bits.
+                let ahead = bits.trailing_zeros() as usize;
+                if ahead == chunk % 64 {
+                    let part = here.take(PageCount::new(CHUNK_PAGES - here.first().in_chunk()));
+                    rest = here.skip(part.pages());
+                    return Some(part);
+                }
+                let free = (ahead.min(64) - chunk % 64) * CHUNK_PAGES - here.first().in_chunk();
+                rest = here.skip(PageCount::new(free));
+            }
+        })
+    }
+}

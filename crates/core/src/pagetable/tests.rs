@@ -1,0 +1,152 @@
+//! Page words and the walk over the table.
+
+use std::vec;
+use std::vec::Vec;
+
+use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, VaRange, Vpn};
+
+use super::{Discard, Kind, Leave, PageTable, PageWord, State};
+use crate::frame::Slot;
+
+const FIRST: usize = 3 * CHUNK_PAGES;
+
+fn table(chunks: usize) -> PageTable {
+    PageTable::owned(Vpn::new(FIRST), PageCount::new(chunks * CHUNK_PAGES))
+}
+
+fn pages(first: usize, pages: usize) -> VaRange {
+    VaRange::of_pages(Vpn::new(first), PageCount::new(pages)).unwrap()
+}
+
+fn used(table: &PageTable, range: VaRange) -> Vec<VaRange> {
+    table.used(range).collect()
+}
+
+#[test]
+fn words_say_what_they_were_made_of() {
+    let (pfn, slot) = (Pfn::new((1 << 48) - 1), Slot::new(u32::MAX));
+    let rows = [
+        (PageWord::EMPTY, State::Empty, None, None, None),
+        (PageWord::RESIDENT, State::Resident, None, None, None),
+        (PageWord::POISONED, State::Poisoned, None, None, None),
+        (PageWord::device(pfn), State::Device, None, Some(pfn), None),
+        (PageWord::tracked(pfn), State::Resident, None, Some(pfn), None),
+        (PageWord::staged(slot), State::Staged, None, None, Some(slot)),
+        (PageWord::moving_in(pfn), State::Moving, Some(Kind::In), Some(pfn), None),
+        (PageWord::moving_back(slot), State::Moving, Some(Kind::Back), None, Some(slot)),
+        (PageWord::moving_out(slot), State::Moving, Some(Kind::Out), None, Some(slot)),
+    ];
+    for (word, state, kind, pfn, slot) in rows {
+        let flagged = word.with_waited().hotter().with_discarded().with_pinned(true).with_writing(true);
+        for word in [word, flagged, PageWord::from_raw(word.raw())] {
+            assert_eq!((word.state(), word.kind(), word.pfn(), word.slot()), (state, kind, pfn, slot));
+        }
+        assert!(flagged.is_waited() && flagged.heat() == 1 && flagged.is_discarded());
+        assert!(flagged.is_pinned() && flagged.is_writing());
+        assert!(!flagged.may_leave(), "{flagged:?}");
+        assert_eq!(word.may_leave(), matches!(state, State::Empty | State::Resident));
+    }
+    assert_eq!(PageWord::tracked(pfn).without_copy(), PageWord::RESIDENT);
+    assert_eq!(PageWord::from_raw(0xf).state(), State::Poisoned, "what nobody writes is lost");
+}
+
+#[test]
+fn a_claim_remembers_what_the_page_was() {
+    let was = PageWord::tracked(Pfn::new(1)).with_pinned(true).hotter();
+    let claim = PageWord::moving_in(Pfn::new(1)).claimed_from(was);
+    assert!(claim.is_pinned() && claim.is_tracked() && claim.heat() == 0);
+    assert_eq!((claim.kind(), claim.pfn()), (Some(Kind::In), Some(Pfn::new(1))));
+}
+
+#[test]
+fn transitions_of_a_settled_word() {
+    let table = table(1);
+    let entry = table.entry(Vpn::new(FIRST));
+    assert_eq!(entry.wait(), Err(PageWord::EMPTY));
+    assert!(entry.annotate(|word| word.with_pinned(true)));
+    let word = entry.load();
+    assert_eq!(entry.exchange(PageWord::EMPTY, PageWord::RESIDENT), Err(word));
+    assert_eq!(entry.exchange(word, PageWord::device(Pfn::new(9)).with_pinned(true)), Ok(()));
+    assert_eq!(entry.discard(true), Discard::Took(PageWord::device(Pfn::new(9)).with_pinned(true)));
+    assert!(entry.load().is_discarded() && entry.load().is_pinned() && !entry.load().may_leave());
+    assert!(matches!(entry.discard(false), Discard::Took(_)));
+    assert_eq!(entry.load(), PageWord::EMPTY, "an unmapped page remembers nothing");
+}
+
+#[test]
+fn transitions_of_a_claim() {
+    let table = table(1);
+    let entry = table.entry(Vpn::new(FIRST));
+    let claim = PageWord::moving_in(Pfn::new(4));
+    entry.store(claim);
+    assert!(!entry.annotate(|word| word.with_pinned(true)));
+    assert_eq!(entry.leave(PageWord::RESIDENT), Leave { wake: false, discarded: false });
+    entry.store(claim);
+    assert_eq!(entry.wait(), Ok(()));
+    assert_eq!(entry.wait(), Ok(()), "two may wait");
+    assert_eq!(entry.discard(true), Discard::Flagged);
+    assert_eq!(entry.load().pfn(), Some(Pfn::new(4)), "the claimant still finds what it owns");
+    assert_eq!(entry.leave(PageWord::RESIDENT), Leave { wake: true, discarded: true });
+    assert_eq!(entry.load(), PageWord::EMPTY);
+}
+
+#[test]
+fn pages_outside_have_no_word() {
+    let table = table(2);
+    assert!(table.get(Vpn::new(FIRST - 1)).is_none());
+    assert!(table.get(Vpn::new(FIRST + 2 * CHUNK_PAGES)).is_none());
+    assert!(table.get(Vpn::new(FIRST + 2 * CHUNK_PAGES - 1)).is_some());
+    assert!(table.covers(pages(FIRST, 2 * CHUNK_PAGES)));
+    assert!(!table.covers(pages(FIRST, 2 * CHUNK_PAGES + 1)));
+    assert!(!table.covers(pages(FIRST - 1, 2)));
+}
+
+#[test]
+#[should_panic(expected = "outside of the page table")]
+fn the_word_of_a_page_outside_panics() {
+    let _ = table(1).entry(Vpn::new(0));
+}
+
+#[test]
+fn a_walk_goes_where_words_were_looked_up() {
+    // Three words of bits, of which the last is used in part.
+    let chunks = 130;
+    let table = table(chunks);
+    let all = pages(FIRST, chunks * CHUNK_PAGES);
+    assert_eq!(used(&table, all), vec![]);
+    let touched = [0, 1, 63, 64, 127, 129];
+    for chunk in touched {
+        let _ = table.entry(Vpn::new(FIRST + chunk * CHUNK_PAGES + 5));
+    }
+    let chunk = |n: usize| pages(FIRST + n * CHUNK_PAGES, CHUNK_PAGES);
+    assert_eq!(used(&table, all), touched.map(chunk));
+    assert_eq!(used(&table, pages(0, usize::MAX >> 20)), touched.map(chunk), "wider than the table");
+    // Borders inside of chunks, used and unused ones.
+    let inside = pages(FIRST + CHUNK_PAGES + 7, 10);
+    assert_eq!(used(&table, inside), vec![inside]);
+    assert_eq!(used(&table, pages(FIRST + 2 * CHUNK_PAGES + 7, 10)), vec![]);
+    let across = pages(FIRST + 62 * CHUNK_PAGES + 500, CHUNK_PAGES + 12 + 3);
+    assert_eq!(used(&table, across), vec![chunk(63), pages(FIRST + 64 * CHUNK_PAGES, 3)]);
+    let last = pages(FIRST + 128 * CHUNK_PAGES + 1, 2 * CHUNK_PAGES - 2);
+    assert_eq!(used(&table, last), vec![pages(FIRST + 129 * CHUNK_PAGES, CHUNK_PAGES - 1)]);
+    assert_eq!(used(&table, pages(0, 10)), vec![], "beside the table");
+}
+
+#[test]
+fn a_table_over_foreign_memory() {
+    let count = PageCount::new(CHUNK_PAGES + 1);
+    let mut words = vec![0_u64; count.get()];
+    let mut bits = vec![0_u64; PageTable::used_words(count)];
+    assert_eq!(bits.len(), 1);
+    let (words_at, bits_at) = (
+        core::ptr::NonNull::new(words.as_mut_ptr()).unwrap(),
+        core::ptr::NonNull::new(bits.as_mut_ptr()).unwrap(),
+    );
+    // SAFETY: both vectors are long enough, outlive the table, and are used through it only until then.
+    let table = unsafe { PageTable::over(words_at, bits_at, Vpn::new(FIRST), count) };
+    table.entry(Vpn::new(FIRST + CHUNK_PAGES)).store(PageWord::RESIDENT);
+    let last = pages(FIRST + CHUNK_PAGES, 1);
+    assert_eq!(used(&table, pages(FIRST, count.get())), vec![last]);
+    drop(table);
+    assert_eq!((words[CHUNK_PAGES], bits[0]), (PageWord::RESIDENT.raw(), 2));
+}

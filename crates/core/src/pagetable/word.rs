@@ -1,0 +1,292 @@
+//! The page word: everything that is known about one page, in 64 bits.
+//!
+//! ```text
+//!   63            16 15 14  12 11  10  9   8   7   6   4   3     0
+//!  +----------------+--+------+------+---+---+---+---+---+--------+
+//!  |    payload     | -| heat | kind | W | T | P | D | w | state  |
+//!  +----------------+--+------+------+---+---+---+---+---+--------+
+//! ```
+//!
+//! `w` waited, `D` discarded, `P` pinned, `T` tracked, `W` writing; `kind` says where a moving page comes from,
+//! `heat` how often the page was taken back from the arena. The all-zero word is a valid one: [`State::Empty`].
+
+use core::fmt;
+
+use uhmm_addr::Pfn;
+
+use crate::frame::Slot;
+
+/// Where a page is (rule R2). Each value, and what the payload holds:
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum State {
+    /// Nothing is known: the page may be present or not, and no copy of it is ours. Payload: none.
+    Empty = 0,
+    /// In RAM, brought home by us. Payload: if tracked, the device page that still equals it.
+    Resident = 1,
+    /// On a private device; a touch brings it home. Payload: its pfn.
+    Device = 2,
+    /// On a coherent device, mapped in place. Payload: its pfn.
+    Coherent = 3,
+    /// Lent to a device exclusively; a CPU access revokes it. Payload: its pfn.
+    Exclusive = 4,
+    /// In an arena slot on its way out; a touch takes it back. Payload: the slot.
+    Staged = 5,
+    /// Claimed by one thread, which alone may change the word, except for the waited and discarded flags.
+    /// Payload: by [`Kind`].
+    Moving = 6,
+    /// Lost: the device could not give it back. A touch raises SIGBUS. Payload: none.
+    Poisoned = 7,
+}
+
+/// Which way a [`State::Moving`] page goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Kind {
+    /// From the device to RAM. Payload: the pfn, whose contents stay valid until the move is over.
+    In = 0,
+    /// From the arena back to RAM. Payload: the slot.
+    Back = 1,
+    /// From RAM into the arena. Payload: the slot.
+    Out = 2,
+    /// From nowhere to RAM: being filled with zeros. Payload: none.
+    Fill = 3,
+}
+
+/// A page word as a value: a fact that was true when it was read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct PageWord(u64);
+
+const STATE: u64 = 0xf;
+const WAITED: u64 = 1 << 4;
+/// How often the page was taken back from the arena without leaving RAM in between, at most [`HOTTEST`].
+const HEAT_SHIFT: u32 = 12;
+const HEAT: u64 = 7 << HEAT_SHIFT;
+const HOTTEST: u64 = 5;
+const DISCARDED: u64 = 1 << 6;
+const PINNED: u64 = 1 << 7;
+const TRACKED: u64 = 1 << 8;
+const WRITING: u64 = 1 << 9;
+const KIND_SHIFT: u32 = 10;
+const PAYLOAD_SHIFT: u32 = 16;
+
+impl PageWord {
+    /// The initial word of every page.
+    pub const EMPTY: Self = Self(0);
+    /// In RAM, without a copy anywhere.
+    pub const RESIDENT: Self = Self::of(State::Resident, 0);
+    /// Lost.
+    pub const POISONED: Self = Self::of(State::Poisoned, 0);
+
+    const fn of(state: State, payload: u64) -> Self {
+        Self(state as u64 | payload << PAYLOAD_SHIFT)
+    }
+
+    /// The word for this raw value, as stored in a table.
+    pub const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// The raw value, as stored in a table.
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// On the private device page `pfn`.
+    pub const fn device(pfn: Pfn) -> Self {
+        Self::of(State::Device, pfn.get())
+    }
+
+    /// In RAM, write-protected, and equal to the device page `pfn`.
+    pub const fn tracked(pfn: Pfn) -> Self {
+        Self(Self::of(State::Resident, pfn.get()).0 | TRACKED)
+    }
+
+    /// In arena slot `slot`.
+    pub const fn staged(slot: Slot) -> Self {
+        Self::of(State::Staged, slot.get() as u64)
+    }
+
+    /// On its way from the device page `pfn`.
+    pub const fn moving_in(pfn: Pfn) -> Self {
+        Self(Self::of(State::Moving, pfn.get()).0 | (Kind::In as u64) << KIND_SHIFT)
+    }
+
+    /// On its way back from arena slot `slot`.
+    pub const fn moving_back(slot: Slot) -> Self {
+        Self(Self::of(State::Moving, slot.get() as u64).0 | (Kind::Back as u64) << KIND_SHIFT)
+    }
+
+    /// On its way to arena slot `slot`.
+    pub const fn moving_out(slot: Slot) -> Self {
+        Self(Self::of(State::Moving, slot.get() as u64).0 | (Kind::Out as u64) << KIND_SHIFT)
+    }
+
+    /// Being filled with zeros.
+    pub const fn filling() -> Self {
+        Self(Self::of(State::Moving, 0).0 | (Kind::Fill as u64) << KIND_SHIFT)
+    }
+
+    /// Where the page is.
+    pub const fn state(self) -> State {
+        match self.0 & STATE {
+            0 => State::Empty,
+            1 => State::Resident,
+            2 => State::Device,
+            3 => State::Coherent,
+            4 => State::Exclusive,
+            5 => State::Staged,
+            6 => State::Moving,
+            // Every other value is written by nobody; calling it lost never serves wrong bytes.
+            _ => State::Poisoned,
+        }
+    }
+
+    /// Which way it goes, if it moves.
+    pub const fn kind(self) -> Option<Kind> {
+        match (self.state(), self.0 >> KIND_SHIFT & 3) {
+            (State::Moving, 0) => Some(Kind::In),
+            (State::Moving, 1) => Some(Kind::Back),
+            (State::Moving, 2) => Some(Kind::Out),
+            (State::Moving, _) => Some(Kind::Fill),
+            _ => None,
+        }
+    }
+
+    const fn payload(self) -> u64 {
+        self.0 >> PAYLOAD_SHIFT
+    }
+
+    /// The device page that holds (or also holds) the contents.
+    pub const fn pfn(self) -> Option<Pfn> {
+        match (self.state(), self.kind()) {
+            (State::Device | State::Coherent | State::Exclusive, _) | (State::Moving, Some(Kind::In)) => {
+                Some(Pfn::new(self.payload()))
+            }
+            (State::Resident, _) if self.is_tracked() => Some(Pfn::new(self.payload())),
+            _ => None,
+        }
+    }
+
+    /// The arena slot that holds, or is to hold, the contents.
+    pub const fn slot(self) -> Option<Slot> {
+        match (self.state(), self.kind()) {
+            (State::Staged, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
+                Some(Slot::new(self.payload() as u32))
+            }
+            _ => None,
+        }
+    }
+
+    /// Somebody waits for the end of the move and must be woken.
+    pub const fn is_waited(self) -> bool {
+        self.0 & WAITED != 0
+    }
+
+    /// How often the page was taken back from the arena without leaving RAM in between, 0 to 5.
+    pub const fn heat(self) -> u32 {
+        ((self.0 & HEAT) >> HEAT_SHIFT) as u32
+    }
+
+    /// The program gave the contents up (`MADV_DONTNEED`, munmap), perhaps a moment before the kernel
+    /// takes the page: it may not be moved out, and comes back as zeros.
+    pub const fn is_discarded(self) -> bool {
+        self.0 & DISCARDED != 0
+    }
+
+    /// Must stay in RAM.
+    pub const fn is_pinned(self) -> bool {
+        self.0 & PINNED != 0
+    }
+
+    /// In RAM, write-protected, and equal to a device page.
+    pub const fn is_tracked(self) -> bool {
+        self.0 & TRACKED != 0
+    }
+
+    /// Staged, and a device reads the slot right now.
+    pub const fn is_writing(self) -> bool {
+        self.0 & WRITING != 0
+    }
+
+    /// The same with the waited flag.
+    pub const fn with_waited(self) -> Self {
+        Self(self.0 | WAITED)
+    }
+
+    /// The same, taken back from the arena once more.
+    pub const fn hotter(self) -> Self {
+        let heat = self.heat() as u64;
+        let heat = if heat < HOTTEST { heat + 1 } else { HOTTEST };
+        Self(self.0 & !HEAT | heat << HEAT_SHIFT)
+    }
+
+    /// The same, as hot as `other`.
+    pub const fn heated_like(self, other: Self) -> Self {
+        Self(self.0 & !HEAT | other.0 & HEAT)
+    }
+
+    /// The same, its contents given up.
+    pub const fn with_discarded(self) -> Self {
+        Self(self.0 | DISCARDED)
+    }
+
+    /// The same, no longer given up.
+    pub const fn without_discarded(self) -> Self {
+        Self(self.0 & !DISCARDED)
+    }
+
+    /// The same, pinned or not.
+    pub const fn with_pinned(self, pinned: bool) -> Self {
+        Self(if pinned { self.0 | PINNED } else { self.0 & !PINNED })
+    }
+
+    /// The same, with the device reading the slot or not.
+    pub const fn with_writing(self, writing: bool) -> Self {
+        Self(if writing { self.0 | WRITING } else { self.0 & !WRITING })
+    }
+
+    /// The same, for the claim on a page whose word was `word`: it stays pinned, and what was tracked, and
+    /// may be present for all we know, is still told apart from what is on the device only.
+    pub const fn claimed_from(self, word: Self) -> Self {
+        Self(self.0 | word.0 & (PINNED | TRACKED))
+    }
+
+    /// The same without the copy on the device.
+    pub const fn without_copy(self) -> Self {
+        Self(self.0 & !TRACKED & ((1 << PAYLOAD_SHIFT) - 1))
+    }
+
+    /// Whether a page in this state may be moved out, if it is present.
+    pub const fn may_leave(self) -> bool {
+        matches!(self.state(), State::Empty | State::Resident) && !self.is_discarded() && !self.is_pinned()
+    }
+}
+
+impl fmt::Debug for PageWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.state())?;
+        if let Some(kind) = self.kind() {
+            write!(f, "({kind:?})")?;
+        }
+        if let Some(pfn) = self.pfn() {
+            write!(f, " {pfn:?}")?;
+        }
+        if let Some(slot) = self.slot() {
+            write!(f, " slot {}", slot.get())?;
+        }
+        for (set, name) in [
+            (self.is_waited(), "waited"),
+            (self.is_discarded(), "discarded"),
+            (self.is_pinned(), "pinned"),
+            (self.is_tracked(), "tracked"),
+            (self.is_writing(), "writing"),
+        ] {
+            if set {
+                write!(f, " {name}")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,184 @@
+//! The switch between the real atomics and loom's, and the two locks of this crate.
+//!
+//! What   every module takes its atomics from here, never from `core` or `std`, so that
+//!        `RUSTFLAGS="--cfg loom" cargo test -p uhmm-core --release loom` explores the code that ships.
+//!        [`Gate`] is a lock with readers and a writer, [`Park`] how its waiters sleep.
+//! Why    a lock of the standard library may allocate, keeps thread-local state, and cannot be told how to
+//!        sleep inside a program that is not ours.
+//! Fails  nothing here fails; a lock whose holder died stays locked.
+
+#[cfg(all(test, loom))]
+mod loom;
+
+#[cfg(not(loom))]
+pub use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+#[cfg(loom)]
+pub use ::loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+/// How a thread sleeps until another one has changed a word (a futex).
+pub trait Park: Send + Sync {
+    /// Sleeps unless `word` no longer holds `expected`; returns when woken, after a bounded time, or for
+    /// no reason at all.
+    fn park(&self, word: &AtomicU32, expected: u32);
+
+    /// Wakes every thread that sleeps on `word`.
+    fn unpark(&self, word: &AtomicU32);
+}
+
+/// Tells the processor (or the model) that this thread waits for another one.
+pub(crate) fn relax() {
+    #[cfg(not(loom))]
+    core::hint::spin_loop();
+    #[cfg(loom)]
+    ::loom::thread::yield_now();
+}
+
+const WRITER: u32 = 1 << 31;
+const WAITING: u32 = 1 << 30;
+const READERS: u32 = WAITING - 1;
+const SPINS: u32 = if cfg!(loom) { 1 } else { 64 };
+
+/// A lock held by many readers or by one writer; a waiting writer goes before new readers.
+///
+/// Not recursive. It guards a protocol, not a value: what it protects is said where it lives.
+#[derive(Debug)]
+pub struct Gate {
+    // WRITER: held for writing. WAITING: somebody may sleep on the word. The rest: number of readers.
+    word: AtomicU32,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Gate {
+    /// A lock that nobody holds.
+    #[cfg(not(loom))]
+    pub const fn new() -> Self {
+        Self { word: AtomicU32::new(0) }
+    }
+
+    /// A lock that nobody holds.
+    #[cfg(loom)]
+    pub fn new() -> Self {
+        Self { word: AtomicU32::new(0) }
+    }
+
+    /// Waits until no writer holds or wants the lock, and joins the readers.
+    pub fn read<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> ReadGuard<'a, P> {
+        self.acquire(park, |word| (word & (WRITER | WAITING) == 0).then(|| word + 1));
+        ReadGuard { gate: self, park }
+    }
+
+    /// Waits until nobody holds the lock, and holds it alone.
+    pub fn write<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> WriteGuard<'a, P> {
+        self.acquire(park, |word| (word & (WRITER | READERS) == 0).then_some(word | WRITER));
+        WriteGuard { gate: self, park }
+    }
+
+    /// Waits until the writer that holds the lock now, if any, has let it go.
+    pub fn pass<P: Park + ?Sized>(&self, park: &P) {
+        self.acquire(park, |word| (word & WRITER == 0).then_some(word));
+    }
+
+    /// Ends a hold for writing whose guard was forgotten.
+    pub(crate) fn release_forgotten<P: Park + ?Sized>(&self, park: &P) {
+        self.release(park, WRITER);
+    }
+
+    fn acquire<P: Park + ?Sized>(&self, park: &P, step: impl Fn(u32) -> Option<u32>) {
+        let mut spins = 0;
+        let mut word = self.word.load(Ordering::Relaxed);
+        loop {
+            if let Some(next) = step(word) {
+                match self.word.compare_exchange_weak(word, next, Ordering::Acquire, Ordering::Relaxed) {
+                    Ok(_) => return,
+                    Err(seen) => word = seen,
+                }
+            } else if spins < SPINS {
+                spins += 1;
+                relax();
+                word = self.word.load(Ordering::Relaxed);
+            } else if word & WAITING == 0 {
+                match self.word.compare_exchange_weak(
+                    word,
+                    word | WAITING,
+                    Ordering::Relaxed,
+                    Ordering::Relaxed,
+                ) {
+                    Ok(_) => word |= WAITING,
+                    Err(seen) => word = seen,
+                }
+            } else {
+                park.park(&self.word, word);
+                spins = 0;
+                word = self.word.load(Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn release<P: Park + ?Sized>(&self, park: &P, held: u32) {
+        let before = self.word.fetch_sub(held, Ordering::Release);
+        let left = before - held;
+        // The last one out opens the gate to all who wait; they settle the order among themselves.
+        if left == WAITING
+            && self.word.compare_exchange(WAITING, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            park.unpark(&self.word);
+        }
+    }
+}
+
+/// Proof that the gate is held for reading.
+///
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// # use uhmm_core::sync::{Gate, Park};
+/// fn read<P: Park>(gate: &Gate, park: &P) {
+///     gate.read(park);
+/// }
+/// ```
+#[must_use]
+#[derive(Debug)]
+pub struct ReadGuard<'a, P: Park + ?Sized> {
+    gate: &'a Gate,
+    park: &'a P,
+}
+
+/// Proof that the gate is held for writing.
+///
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// # use uhmm_core::sync::{Gate, Park};
+/// fn write<P: Park>(gate: &Gate, park: &P) {
+///     gate.write(park);
+/// }
+/// ```
+/// ```
+/// #![deny(unused_must_use)]
+/// # use uhmm_core::sync::{Gate, Park};
+/// fn write<P: Park>(gate: &Gate, park: &P) {
+///     let _alone = gate.write(park);
+/// }
+/// ```
+#[must_use]
+#[derive(Debug)]
+pub struct WriteGuard<'a, P: Park + ?Sized> {
+    gate: &'a Gate,
+    park: &'a P,
+}
+
+impl<P: Park + ?Sized> Drop for ReadGuard<'_, P> {
+    fn drop(&mut self) {
+        self.gate.release(self.park, 1);
+    }
+}
+
+impl<P: Park + ?Sized> Drop for WriteGuard<'_, P> {
+    fn drop(&mut self) {
+        self.gate.release(self.park, WRITER);
+    }
+}
