@@ -1,0 +1,273 @@
+//! [`Host`] on Linux: userfaultfd, madvise and futexes.
+//!
+//! What     [`LinuxHost`] carries out each call of core's port with one system call.
+//! Why      the program's memory and the arena are registered with the *same* descriptor. The kernel then
+//!          refuses to move a frame in either direction while a change of the program's mappings is under
+//!          way or its event unread, in one atomic check. With a descriptor of its own for the arena, a
+//!          page could be moved out of a mapping that was replaced a moment ago, and be thrown away when the
+//!          old mapping's event is read.
+//!          A descriptor that reports events would also report every release of an arena slot, and refuse
+//!          everything until that is read; therefore frames are released by way of a [`Chute`]: moved, for
+//!          a tenth of a microsecond, to addresses of another descriptor, and discarded there.
+//! Owns     the descriptors, and a page map to scan. No page state: it says how far a call got, and never
+//!          tries again.
+//! Locks    none of its own but the chute's. Faulting threads call in here: nothing allocates, logs or
+//!          waits, but [`Park::park`] (at most a millisecond) and [`Host::discard`] (until the program's
+//!          events are read).
+//! Fails    as [`Progress`] says; what a [`Stop`] means is written there and in `uffd::resolve`.
+
+use core::ptr::NonNull;
+use std::io;
+
+use rustix::io::Errno;
+use rustix::mm::Advice;
+use rustix::thread::futex;
+use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+use uhmm_core::host::{Host, Install, Progress, Stop};
+use uhmm_core::sync::{AtomicU32, Park};
+
+use crate::futex::Lock;
+use crate::mapping::Mapping;
+use crate::scan::{Categories, PagemapScan, Query, Region, Scanned};
+use crate::uffd::{Features, Mode, Uffd};
+
+#[cfg(test)]
+mod tests;
+
+/// How a [`LinuxHost`] behaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HostOptions {
+    /// Behave as a kernel that cannot move frames, to use and test the copying way.
+    pub forced_fallback: bool,
+    /// Read page map entries even where `PAGEMAP_SCAN` exists.
+    pub forced_pagemap: bool,
+}
+
+/// The running kernel, for one program and one arena.
+#[derive(Debug)]
+pub struct LinuxHost {
+    program: Uffd,
+    chute: Option<Chute>,
+    forced_fallback: bool,
+    scanner: PagemapScan,
+}
+
+/// Addresses through which frames leave without an event.
+#[derive(Debug)]
+pub struct Chute {
+    uffd: Uffd,
+    addresses: Mapping,
+    one_at_a_time: Lock<()>,
+}
+
+/// Pages that a chute takes at a time.
+const CHUTE: PageCount = PageCount::new(512);
+
+impl Chute {
+    /// A chute. Needs a userfaultfd of its own.
+    pub fn new() -> io::Result<Self> {
+        let wanted = Features::SIGBUS.union(Features::MOVE);
+        let uffd = Uffd::open(wanted).map_err(io::Error::other)?;
+        let addresses = Mapping::reserve(CHUTE.bytes(), "uhmm-chute")?;
+        addresses.advise_no_huge()?;
+        addresses.dont_fork()?;
+        // SAFETY: the mapping is ours and never touched, so that no fault on it waits for anybody.
+        unsafe { uffd.register(addresses.range(), Mode::MISSING) }.map_err(io::Error::other)?;
+        Ok(Self { uffd, addresses, one_at_a_time: Lock::new(()) })
+    }
+
+    /// Lets go of the frames of `slots`. `false` if some frame could not be moved.
+    ///
+    /// # Safety
+    /// The slots must be the caller's own.
+    unsafe fn drop_frames(&self, slots: VaRange) -> bool {
+        let mut rest = Some(slots);
+        while let Some(part) = rest {
+            let _alone = self.one_at_a_time.lock();
+            let pages = part.pages().at_most(CHUTE);
+            let to = self.addresses.range();
+            // SAFETY: the source is the caller's own, the destination ours and empty.
+            let progress = unsafe { self.uffd.move_pages(to.start(), part.start(), pages, false) };
+            // SAFETY: what was moved here is wanted by nobody.
+            let gone = unsafe { dont_need(to.take(pages)) };
+            if progress.done.is_zero() || gone.is_err() {
+                return false;
+            }
+            rest = part.skip(progress.done);
+        }
+        true
+    }
+}
+
+/// Longest sleep, so that no thread depends for ever on somebody else's wake-up.
+const NAP: futex::Timespec = futex::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+
+impl LinuxHost {
+    /// A host on the descriptor that watches both the program's memory and the arena. `chute` is needed if
+    /// that descriptor reports removals. Fails where the page map of this process cannot be opened.
+    pub fn new(program: Uffd, chute: Option<Chute>, options: HostOptions) -> io::Result<Self> {
+        debug_assert!(chute.is_some() || !program.features().contains(Features::EVENT_REMOVE));
+        let scanner =
+            if options.forced_pagemap { PagemapScan::open_fallback() } else { PagemapScan::open() }?;
+        Ok(Self { program, chute, forced_fallback: options.forced_fallback, scanner })
+    }
+
+    /// The descriptor that watches the program's memory and the arena.
+    pub const fn program(&self) -> &Uffd {
+        &self.program
+    }
+
+    /// Tells what is present.
+    pub const fn scanner(&self) -> &PagemapScan {
+        &self.scanner
+    }
+
+    /// Gives the process frames of its own for pages of `range` that it shares with a child or a parent after
+    /// fork, as a store to each would, so that they can be moved. Pages that are absent come home. To be
+    /// called with no lock held: it waits for fault handlers.
+    pub fn unshare(&self, range: VaRange) {
+        let start = core::ptr::with_exposed_provenance_mut(range.start().get());
+        // SAFETY: contents do not change; where nothing is mapped, or not writable, the call fails.
+        let _ = unsafe { rustix::mm::madvise(start, range.bytes(), Advice::LinuxPopulateWrite) };
+    }
+}
+
+fn refused() -> Progress {
+    Progress::stopped(PageCount::ZERO, Stop::Refused)
+}
+
+/// Takes the pages of `range` away.
+///
+/// # Safety
+/// Nobody may need the contents.
+unsafe fn dont_need(range: VaRange) -> Result<(), Errno> {
+    let start = core::ptr::with_exposed_provenance_mut(range.start().get());
+    // SAFETY: the caller says that the contents may go; the mapping stays, so that no pointer dangles.
+    unsafe { rustix::mm::madvise(start, range.bytes(), Advice::LinuxDontNeed) }
+}
+
+impl Host for LinuxHost {
+    fn can_move(&self) -> bool {
+        !self.forced_fallback && self.program.features().contains(Features::MOVE)
+    }
+
+    unsafe fn isolate(&self, range: VaRange, slot: VirtAddr) -> Progress {
+        if !self.can_move() {
+            return refused();
+        }
+        // SAFETY: the caller has claimed the pages and knows where they go.
+        unsafe { self.program.move_pages(slot, range.start(), range.pages(), false) }
+    }
+
+    unsafe fn install(&self, slot: VirtAddr, range: VaRange) -> Progress {
+        if !self.can_move() {
+            return refused();
+        }
+        // SAFETY: the slots are the caller's own, and it knows that they are empty afterwards.
+        unsafe { self.program.move_pages(range.start(), slot, range.pages(), true) }
+    }
+
+    unsafe fn install_copy(&self, source: NonNull<u8>, range: VaRange, how: Install) -> Progress {
+        // SAFETY: the caller says that `source` is readable for that length and not managed, so that
+        // reading it raises no fault that we would have to resolve.
+        unsafe { self.program.copy(range, source, how, true) }
+    }
+
+    unsafe fn copy_out(&self, range: VaRange, slot: VirtAddr) -> Progress {
+        let slots = VaRange::of_pages(slot.page(), range.pages());
+        let source = NonNull::new(core::ptr::with_exposed_provenance_mut(range.start().get()));
+        let (Some(slots), Some(source)) = (slots, source) else {
+            return refused();
+        };
+        // SAFETY: the slots are the caller's own and empty. `range` is the program's memory, mapped as long
+        // as it is managed; were it not, the kernel would say EFAULT instead of reading. Its pages are
+        // present, as the caller says, so that reading them waits for nobody.
+        unsafe { self.program.copy(slots, source, Install::Writable, false) }
+    }
+
+    fn install_zero(&self, range: VaRange) -> Progress {
+        self.program.zero(range, true)
+    }
+
+    fn write_protect(&self, range: VaRange, protect: bool) -> Progress {
+        self.program.write_protect(range, protect, true)
+    }
+
+    /// Waits until the program's events are read, if those of removal are enabled: the caller must not be
+    /// the one who reads them, and must hold no lock that reader takes.
+    unsafe fn discard(&self, range: VaRange) -> Progress {
+        // SAFETY: the caller has copied the contents and shut writers out.
+        match unsafe { dont_need(range) } {
+            Ok(()) => Progress::complete(range.pages()),
+            Err(errno) => Progress::stopped(
+                PageCount::ZERO,
+                match errno {
+                    Errno::INVAL => Stop::Refused,
+                    Errno::NOMEM => Stop::Unmapped,
+                    Errno::AGAIN => Stop::Pending,
+                    other => Stop::Errno(other.raw_os_error()),
+                },
+            ),
+        }
+    }
+
+    /// False where `PAGEMAP_SCAN` is missing: page map entries do not tell.
+    fn is_huge(&self, range: VaRange) -> bool {
+        let huge = Query { required: Categories::HUGE, report: Categories::HUGE, ..Query::default() };
+        let mut found = [Region::UNUSED; 1];
+        matches!(self.scanner.scan(range, huge, &mut found), Ok(Scanned { regions: 1, .. }))
+            && found[0].range == range
+    }
+
+    /// Where the page map cannot be read, everything counts as present.
+    fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
+        let mut regions = [Region::UNUSED; 32];
+        let most = found.len().min(regions.len());
+        let Ok(scanned) = self.scanner.present(range, &mut regions[..most]) else {
+            if let Some(first) = found.first_mut() {
+                *first = range;
+            }
+            return (1, range.end_page());
+        };
+        for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
+            *place = region.range;
+        }
+        (scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE)))
+    }
+
+    unsafe fn release(&self, slots: VaRange) {
+        let released = match &self.chute {
+            // SAFETY: as above.
+            Some(chute) if chute.uffd.features().contains(Features::MOVE) => unsafe {
+                chute.drop_frames(slots)
+            },
+            _ => false,
+        };
+        if !released {
+            // SAFETY: as above. With events enabled this waits until the event is read, which is why the
+            // chute comes first.
+            let result = unsafe { dont_need(slots) };
+            debug_assert!(result.is_ok(), "arena slots are mapped, anonymous and not locked");
+        }
+    }
+
+    fn wake(&self, range: VaRange) {
+        self.program.wake(range);
+    }
+
+    fn poison(&self, range: VaRange) -> Progress {
+        self.program.poison(range)
+    }
+}
+
+impl Park for LinuxHost {
+    fn park(&self, word: &AtomicU32, expected: u32) {
+        // Every outcome (woken, word changed, time passed, signal) means "look again".
+        let _ = futex::wait(word, futex::Flags::PRIVATE, expected, Some(&NAP));
+    }
+
+    fn unpark(&self, word: &AtomicU32) {
+        // Cannot fail for a word that exists; were it missed, the sleepers look again after a nap.
+        let _ = futex::wake(word, futex::Flags::PRIVATE, i32::MAX as u32);
+    }
+}

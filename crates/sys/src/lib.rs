@@ -1,0 +1,28 @@
+//! The Linux adapter: every contract with the kernel that uhmm relies on, one interface per file.
+//!
+//! What     userfaultfd ([`uffd`], [`host`]), what is present ([`scan`], [`maps`], [`meter`]), memory of our
+//!          own ([`mapping`], [`memfd`]), threads, signals and sockets, and [`probe`], which asks the
+//!          running kernel once what it can do.
+//! Needs    Linux 5.7 for write-protection, 6.7 for `PAGEMAP_SCAN`, 6.8 for `UFFDIO_MOVE`; what is missing
+//!          is found by [`probe`] and by outcome, never assumed from a version number.
+//! Never    keeps page states, decides policy, or retries on its own: each outcome is decoded once and
+//!          handed up.
+//! Unsafe   all of the project's promises to the kernel live here. The doors are `Uffd::register`, which
+//!          gives memory to a fault handler, and `Mapping`, which owns address space.
+
+pub mod child;
+pub mod futex;
+pub mod host;
+pub mod mapping;
+pub mod maps;
+pub mod memfd;
+pub mod meter;
+pub mod placement;
+pub mod probe;
+pub mod scan;
+pub mod signals;
+pub mod socket;
+pub mod stack;
+pub mod thread;
+mod uapi;
+pub mod uffd;
