@@ -1,0 +1,280 @@
+//! Memory as a device.
+//!
+//! What     [`MemDevice`]: a mapping whose pages are copied to and from with `memcpy`. *Private*: anonymous
+//!          memory of this process. *Shared*: a memfd, which processes made by fork see with the same
+//!          bytes, which can be passed to others, and which does not count as anonymous memory.
+//! Why      the fastest device there is; what migration costs beside the copy shows here; and a compressing
+//!          layer needs somewhere to put its pages.
+//! Owns     the mapping, and the memfd if there is one, which is sealed against shrinking: a page that
+//!          somebody cut off would be a SIGBUS in the middle of a copy.
+//!          Private memory is named `uhmm:device`, where the kernel has names (`CONFIG_ANON_VMA_NAME`), so that
+//!          whoever manages this process's memory can leave it alone; where that matters, use shared memory.
+//! Fails    only at opening and for pages that it does not have. Memory that the machine promised and cannot
+//!          deliver ends the process, as it does everywhere on Linux.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::slice;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use uhmm_addr::{ByteSize, PageCount};
+use uhmm_core::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
+
+use crate::{Backing, DeviceUrl, Handle, OUT_OF_RANGE, OpenError, admit, fits, whole_pages};
+
+/// Mappings start at a multiple of this, so that huge pages fit.
+const ALIGN: usize = 2 << 20;
+
+/// A device that is memory of this machine.
+#[derive(Debug)]
+pub struct MemDevice {
+    name: String,
+    mapping: Mapping,
+    shared: Option<OwnedFd>,
+}
+
+impl MemDevice {
+    /// Anonymous memory of this process. A child made by fork has a copy of its own.
+    pub fn private(size: ByteSize) -> Result<Self, OpenError> {
+        let pages = whole_pages(size)?;
+        let mapping = Mapping::new(pages, None).map_err(|errno| OpenError::Memory { size, errno })?;
+        Ok(Self::of(size, mapping, None))
+    }
+
+    /// Memory that other processes can have too ([`MemDevice::handle`]), and that a child made by fork shares.
+    pub fn shared(size: ByteSize) -> Result<Self, OpenError> {
+        whole_pages(size)?;
+        let refused = |errno| OpenError::Memory { size, errno };
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = match rustix::fs::memfd_create("uhmm-device", flags | MemfdFlags::NOEXEC_SEAL) {
+            // Linux before 6.3 does not know the flag.
+            Err(Errno::INVAL) => rustix::fs::memfd_create("uhmm-device", flags),
+            created => created,
+        };
+        let fd = fd.map_err(refused)?;
+        rustix::fs::ftruncate(&fd, size.bytes()).map_err(refused)?;
+        Self::from_fd(fd, size)
+    }
+
+    /// The memory behind `fd`, which another process got from [`MemDevice::handle`].
+    pub fn from_fd(fd: OwnedFd, size: ByteSize) -> Result<Self, OpenError> {
+        let pages = whole_pages(size)?;
+        let wrong = |_| OpenError::Descriptor { expected: "memfd that can be sealed" };
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).or_else(|errno| {
+            let sealed =
+                rustix::fs::fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+            if sealed { Ok(()) } else { Err(wrong(errno)) }
+        })?;
+        let has = rustix::fs::fstat(&fd).map_err(wrong)?.st_size as u64;
+        if has < size.bytes() {
+            return Err(OpenError::TooSmall { path: "memfd".into(), has, wanted: size.bytes() });
+        }
+        let mapping =
+            Mapping::new(pages, Some(fd.as_fd())).map_err(|errno| OpenError::Memory { size, errno })?;
+        Ok(Self::of(size, mapping, Some(fd)))
+    }
+
+    fn of(size: ByteSize, mapping: Mapping, shared: Option<OwnedFd>) -> Self {
+        Self { name: DeviceUrl::Memory { size }.to_string(), mapping, shared }
+    }
+
+    /// The memfd, if the memory is shared.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.shared.as_ref().map(AsFd::as_fd)
+    }
+
+    /// What another process needs to have the same memory.
+    pub fn handle(&self) -> Result<Handle, OpenError> {
+        let fd = self.shared.as_ref().ok_or(OpenError::NotShared)?.try_clone().map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::MFILE);
+            OpenError::System { action: "duplicate the descriptor of", path: "memfd".into(), errno }
+        })?;
+        Ok(Handle { backing: Backing::Memory, size: self.capacity().size(), fd })
+    }
+}
+
+impl MemDevice {
+    fn read_streaming(&self, batch: &mut [Transfer], stream: usize) {
+        for transfer in batch {
+            if admit(self.mapping.pages, transfer) {
+                let from = self.mapping.at(transfer.page());
+                // SAFETY: as in `write`, the other way round: the maker promised that the RAM can be written
+                // and that nobody else accesses it.
+                unsafe { copy(from, transfer.ram().as_ptr(), transfer.bytes(), stream) }
+            }
+        }
+    }
+}
+
+impl Device for MemDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn memory_type(&self) -> MemoryType {
+        MemoryType::Private
+    }
+
+    fn capacity(&self) -> PageCount {
+        self.mapping.pages
+    }
+
+    fn write(&self, batch: &mut [Transfer]) {
+        for transfer in batch {
+            if admit(self.mapping.pages, transfer) {
+                let to = self.mapping.at(transfer.page());
+                // SAFETY: `admit` has checked that the pages lie in the mapping, which is writable and lives
+                // as long as `self`; the transfer's maker promised that its RAM can be read, and RAM that
+                // the maker may lend is not part of this mapping, which nobody else knows.
+                unsafe { copy(transfer.ram().as_ptr(), to, transfer.bytes(), STREAM_OUT) }
+            }
+        }
+    }
+
+    fn read(&self, batch: &mut [Transfer]) {
+        self.read_streaming(batch, STREAM_IN);
+    }
+
+    fn read_ahead(&self, batch: &mut [Transfer]) {
+        self.read_streaming(batch, STREAM_OUT);
+    }
+
+    fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
+        if !fits(self.mapping.pages, page, pages) {
+            return Err(OUT_OF_RANGE);
+        }
+        if pages.is_zero() {
+            return Ok(());
+        }
+        let done = match &self.shared {
+            Some(fd) => {
+                let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                rustix::io::retry_on_intr(|| {
+                    rustix::fs::fallocate(fd, punch, page.offset(), pages.bytes() as u64)
+                })
+            }
+            // SAFETY: the pages lie in the mapping (`fits`), and the caller owns them: nobody reads or writes
+            // them meanwhile.
+            None => unsafe {
+                rustix::mm::madvise(self.mapping.at(page).cast(), pages.bytes(), Advice::LinuxDontNeed)
+            },
+        };
+        done.map_err(|errno| TransferError::Io(errno.raw_os_error()))
+    }
+}
+
+/// Writes of at least so many bytes, and reads ahead, go past the caches: nobody will read the bytes soon.
+const STREAM_OUT: usize = 64 << 10;
+/// Reads of at least so many do: they would not fit into the cache of one processor, where the program, which
+/// is about to use what a fault brought, finds the smaller ones.
+const STREAM_IN: usize = 1 << 20;
+
+/// Larger pieces make `memcpy` take ways that are slower from memory to a cache.
+const PIECE: usize = 4096;
+
+/// Copies `len` bytes; past the caches from `stream` bytes on, which saves reading memory that is written whole.
+///
+/// # Safety
+/// As [`ptr::copy_nonoverlapping`].
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize, stream: usize) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if len >= stream && (from as usize | to as usize | len).is_multiple_of(64) {
+        use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_sfence, _mm_stream_si128};
+        let lines = from.cast::<[__m128i; 4]>();
+        let targets = to.cast::<[__m128i; 4]>();
+        for n in 0..len / size_of::<[__m128i; 4]>() {
+            // SAFETY: the caller's promise covers `len` bytes of both; all is aligned to 64 (checked), and the
+            // instructions are part of every x86-64 processor. The fence below orders the stores before
+            // whatever follows, as ordinary ones would be.
+            unsafe {
+                let (line, target) = (lines.add(n).cast::<__m128i>(), targets.add(n).cast::<__m128i>());
+                let (a, b) = (_mm_load_si128(line), _mm_load_si128(line.add(1)));
+                let (c, d) = (_mm_load_si128(line.add(2)), _mm_load_si128(line.add(3)));
+                _mm_stream_si128(target, a);
+                _mm_stream_si128(target.add(1), b);
+                _mm_stream_si128(target.add(2), c);
+                _mm_stream_si128(target.add(3), d);
+            }
+        }
+        // SAFETY: part of every x86-64 processor, and touches no memory.
+        unsafe { _mm_sfence() };
+        return;
+    }
+    let _ = stream;
+    for at in (0..len).step_by(PIECE) {
+        // SAFETY: the caller's promise, of which this is a part.
+        unsafe { ptr::copy_nonoverlapping(from.add(at), to.add(at), PIECE.min(len - at)) }
+    }
+}
+
+/// Memory of a device in this address space, at a multiple of [`ALIGN`].
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    pages: PageCount,
+}
+
+// SAFETY: the mapping is plain memory, reached only through raw pointers; callers of a device keep apart who
+// accesses which page.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(pages: PageCount, file: Option<BorrowedFd<'_>>) -> Result<Self, Errno> {
+        let len = pages.bytes();
+        let reach = len.checked_add(ALIGN).ok_or(Errno::NOMEM)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a fresh mapping where the kernel likes; it touches no memory that is in use.
+        let reserved =
+            unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), reach, ProtFlags::empty(), flags) }?;
+        let head = reserved.cast::<u8>().align_offset(ALIGN);
+        let start = reserved.cast::<u8>().wrapping_add(head);
+        let (prot, fixed) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::FIXED | MapFlags::NORESERVE);
+        // SAFETY: `start..start + len` lies in the reservation made above, which nobody else knows, so that
+        // mapping over it takes nothing from anybody.
+        let mapped = unsafe {
+            match file {
+                Some(fd) => rustix::mm::mmap(start.cast(), len, prot, MapFlags::SHARED | fixed, fd, 0),
+                None => rustix::mm::mmap_anonymous(start.cast(), len, prot, MapFlags::PRIVATE | fixed),
+            }
+        };
+        if let Err(errno) = mapped {
+            // SAFETY: the reservation is ours and nobody uses it.
+            let _ = unsafe { rustix::mm::munmap(reserved, reach) };
+            return Err(errno);
+        }
+        // SAFETY: both ends lie in the reservation, outside the mapping; nobody uses them. That an end stays
+        // reserved costs addresses only.
+        let _ = unsafe {
+            let tail = reach - head - len;
+            let ends = [(reserved.cast::<u8>(), head), (start.wrapping_add(len), tail)];
+            ends.map(|(end, len)| if len == 0 { Ok(()) } else { rustix::mm::munmap(end.cast(), len) })
+        };
+        // SAFETY: advice on our own mapping. A kernel without huge pages refuses it, which costs speed only.
+        let _ = unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxHugepage) };
+        let base = NonNull::new(start).ok_or(Errno::NOMEM)?;
+        if file.is_none() {
+            // SAFETY: the mapping that was just made; the slice only says where, and nobody reads through it.
+            let region = unsafe { slice::from_raw_parts(base.as_ptr(), len) };
+            // A kernel without names refuses, and whoever looks for them finds none.
+            let _ = rustix::process::set_virtual_memory_region_name(region, Some(c"uhmm:device"));
+        }
+        Ok(Self { base, pages })
+    }
+
+    /// The first byte of `page`, which must be one of the mapping's.
+    fn at(&self, page: DevicePage) -> *mut u8 {
+        self.base.as_ptr().wrapping_add(page.offset() as usize)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` and goes away with its owner, so that no pointer into it is
+        // used any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.pages.bytes()) };
+    }
+}

@@ -1,0 +1,322 @@
+//! A fixed script in which every step fails in turn, and random scripts against a plain model.
+//!
+//! Whatever fails, the program reads what it wrote, or gets SIGBUS for a page whose *device* could not give it
+//! back; and nothing is left in use at the end.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use uhmm_addr::PageCount;
+use uhmm_core::device::TransferError;
+use uhmm_core::frame::Slot;
+use uhmm_core::host::Stop;
+use uhmm_core::migrate::Select;
+use uhmm_core::stats::Skipped;
+use uhmm_testdev::sim_host::{Bed, Killed, Setup, page_at, pages_at};
+
+/// Pages that scripts use; as many behind them are where mappings move to.
+const PAGES: usize = 48;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Op {
+    Store(usize, u64),
+    Load(usize),
+    Migrate(usize, usize),
+    MigrateCold(usize, usize),
+    Stage(usize, usize),
+    WriteBack,
+    Prefetch(usize, usize),
+    DontNeed(usize, usize),
+    Unmap(usize, usize),
+    /// Moves the mapping to the other half and what is there to nowhere.
+    Remap(usize, usize),
+    /// What only the kernel knows: pages pinned for DMA.
+    HoldForDma(usize, bool),
+    Pin(usize, usize, bool),
+    Track(bool),
+    Trim,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Failure {
+    Host(Stop),
+    Device(TransferError),
+}
+
+/// What the n-th page holds, as far as the program knows. Pages that are not in the map are zeros.
+#[derive(Default)]
+struct Model {
+    values: BTreeMap<usize, u64>,
+    lost: usize,
+}
+
+struct Script {
+    bed: Bed,
+    model: Model,
+    staged: Vec<Slot>,
+}
+
+impl Script {
+    fn new(setup: Setup) -> Self {
+        Self { bed: Bed::new(setup), model: Model::default(), staged: Vec::new() }
+    }
+
+    fn lost(&mut self, n: usize) {
+        self.model.lost += 1;
+        // As a program does that handles SIGBUS: the page is given up and starts anew.
+        self.bed.program.dontneed(pages_at(n, 1));
+        self.model.values.remove(&n);
+    }
+
+    fn load(&mut self, n: usize) {
+        match self.bed.program.load(page_at(n)) {
+            Ok(value) => {
+                let expected = self.model.values.get(&n).copied().unwrap_or(0);
+                assert_eq!(value, expected, "page {n}, {:?}", self.bed.word(n));
+            }
+            Err(Killed::Bus) => self.lost(n),
+            Err(other) => panic!("page {n} {other:?}: {:?}", self.bed.word(n)),
+        }
+    }
+
+    fn store(&mut self, n: usize, value: u64) {
+        match self.bed.program.store(page_at(n), value) {
+            Ok(()) => {
+                self.model.values.insert(n, value);
+            }
+            Err(Killed::Bus) => self.lost(n),
+            Err(other) => panic!("page {n} {other:?}: {:?}", self.bed.word(n)),
+        }
+    }
+
+    fn run(&mut self, op: Op) {
+        let bed = &self.bed;
+        match op {
+            Op::Store(n, value) => self.store(n, value),
+            Op::Load(n) => self.load(n),
+            Op::Migrate(n, pages) => {
+                let result = bed.mm.migrate(pages_at(n, pages), bed.mm.epoch(), &bed.pagemap, Select::All);
+                assert_eq!(result.moved.get() + result.skipped.total() as usize, pages, "{result:?}");
+            }
+            Op::MigrateCold(n, pages) => {
+                let _ = bed.mm.migrate(
+                    pages_at(n, pages),
+                    bed.mm.epoch(),
+                    &bed.pagemap,
+                    Select::Cold { lap: n as u32 },
+                );
+            }
+            Op::Stage(n, pages) => {
+                let mut skipped = Skipped::default();
+                let (collected, _) =
+                    bed.mm.collect(pages_at(n, pages), bed.mm.epoch(), Select::All, &mut skipped);
+                if let Some(isolated) = collected.and_then(|collected| collected.isolate(&mut skipped)) {
+                    isolated.stage(|slot| self.staged.push(slot));
+                }
+            }
+            Op::WriteBack => {
+                let slots = std::mem::take(&mut self.staged);
+                let sent = bed.mm.write_back(&slots, &bed.pagemap, |slot| self.staged.push(slot));
+                let all = sent.moved.get() + sent.raced.get() + sent.full.get() + sent.failed.get();
+                assert_eq!(all, slots.len(), "{sent:?}");
+            }
+            Op::Prefetch(n, pages) => {
+                let _ = bed.program.prefetch(pages_at(n, pages));
+            }
+            Op::DontNeed(n, pages) => {
+                bed.program.dontneed(pages_at(n, pages));
+                self.forget(n, pages);
+            }
+            Op::Unmap(n, pages) => {
+                bed.program.unmap(pages_at(n, pages));
+                bed.host().map(pages_at(n, pages));
+                self.forget(n, pages);
+            }
+            Op::Remap(n, pages) => {
+                bed.program.unmap(pages_at(n + PAGES, pages));
+                bed.program.remap(pages_at(n, pages), page_at(n + PAGES));
+                bed.host().map(pages_at(n, pages));
+                self.forget(n + PAGES, pages);
+                for n in n..n + pages {
+                    if let Some(value) = self.model.values.remove(&n) {
+                        self.model.values.insert(n + PAGES, value);
+                    }
+                }
+            }
+            Op::HoldForDma(n, hold) => {
+                bed.host().pin(page_at(n), hold);
+            }
+            Op::Pin(n, pages, pinned) => bed.mm.set_pinned(pages_at(n, pages), pinned),
+            Op::Track(track) => bed.mm.set_tracking(track),
+            Op::Trim => {
+                let _ = bed.pagemap.trim(8);
+            }
+        }
+    }
+
+    fn forget(&mut self, n: usize, pages: usize) {
+        (n..n + pages).for_each(|n| {
+            self.model.values.remove(&n);
+        });
+    }
+
+    fn fail(&self, n: u64, failure: Failure) {
+        match failure {
+            Failure::Host(stop) => self.bed.host().fail_nth(n, stop),
+            Failure::Device(error) => self.bed.device.fail_nth(n, error),
+        }
+    }
+
+    fn is_failure_pending(&self) -> bool {
+        self.bed.host().failure_pending() || self.bed.device.failure_pending()
+    }
+
+    /// Looks at every page with nothing failing any more. Returns how many were lost in all.
+    fn finish(mut self) -> usize {
+        self.fail(0, Failure::Host(Stop::Pending));
+        self.fail(0, Failure::Device(TransferError::Gone));
+        (0..2 * PAGES).for_each(|n| self.load(n));
+        self.bed.check_nothing_leaked();
+        self.model.lost
+    }
+}
+
+const FAILURES: [Failure; 8] = [
+    Failure::Host(Stop::Pending),
+    Failure::Host(Stop::NoMemory),
+    Failure::Host(Stop::Busy),
+    Failure::Host(Stop::Refused),
+    Failure::Host(Stop::Errno(5)),
+    Failure::Device(TransferError::Io(5)),
+    Failure::Device(TransferError::Full),
+    Failure::Device(TransferError::Short(17)),
+];
+
+fn script() -> Vec<Op> {
+    let mut ops: Vec<Op> = (0..PAGES).map(|n| Op::Store(n, 1000 + n as u64)).collect();
+    ops.extend([
+        Op::HoldForDma(5, true),
+        Op::DontNeed(10, 2),
+        Op::Migrate(0, 16),
+        Op::Load(3),
+        Op::Load(4),
+        Op::Store(7, 7),
+        Op::Stage(16, 8),
+        Op::Load(17),
+        Op::Store(18, 18),
+        Op::Pin(19, 1, true),
+        Op::WriteBack,
+        Op::Migrate(0, 24),
+        Op::Prefetch(0, 8),
+        Op::Track(false),
+        Op::Load(12),
+        Op::Track(true),
+        Op::Migrate(24, 24),
+        Op::Load(30),
+        Op::DontNeed(31, 3),
+        Op::Load(32),
+        Op::Remap(24, 16),
+        Op::Load(24 + PAGES),
+        Op::Store(25 + PAGES, 25),
+        Op::Migrate(24 + PAGES, 16),
+        Op::Unmap(0, 6),
+        Op::MigrateCold(0, 24),
+        Op::Trim,
+        Op::Load(40),
+    ]);
+    ops
+}
+
+fn setup(can_move: bool) -> Setup {
+    Setup { memory: 512, slots: 40, device: 96, window: (2, 16), track: true, can_move, ..Setup::default() }
+}
+
+#[test]
+fn whichever_step_fails_nothing_is_lost() {
+    for can_move in [true, false] {
+        for failure in FAILURES {
+            let mut steps = 0;
+            for n in 1.. {
+                let mut script_run = Script::new(setup(can_move));
+                script_run.fail(n, failure);
+                script().into_iter().for_each(|op| script_run.run(op));
+                let reached = !script_run.is_failure_pending();
+                let lost = script_run.finish();
+                assert_eq!(lost, 0, "one failure is always survived: step {n} {failure:?}, move {can_move}");
+                if !reached {
+                    break;
+                }
+                steps = n;
+            }
+            assert!(steps > 5, "{failure:?} fired at {steps} steps only");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_reads_nothing_any_more_loses_only_what_it_has() {
+    for can_move in [true, false] {
+        let mut script_run = Script::new(setup(can_move));
+        (0..PAGES).for_each(|n| script_run.run(Op::Store(n, 1000 + n as u64)));
+        script_run.run(Op::Migrate(0, 16));
+        script_run.run(Op::Stage(16, 16));
+        script_run.bed.break_reads(Some(TransferError::Gone));
+        (0..PAGES).for_each(|n| script_run.run(Op::Load(n)));
+        assert_eq!(script_run.model.lost, 16);
+        assert_eq!(script_run.finish(), 16);
+    }
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    let page = 0..PAGES;
+    let span = (0..PAGES, 1..16usize).prop_map(|(n, pages)| (n, pages.min(PAGES - n)));
+    prop_oneof![
+        6 => (0..2 * PAGES, 1..1_000_000u64).prop_map(|(n, value)| Op::Store(n, value)),
+        6 => (0..2 * PAGES).prop_map(Op::Load),
+        6 => span.clone().prop_map(|(n, pages)| Op::Migrate(n, pages)),
+        2 => span.clone().prop_map(|(n, pages)| Op::MigrateCold(n, pages)),
+        4 => span.clone().prop_map(|(n, pages)| Op::Stage(n, pages)),
+        3 => Just(Op::WriteBack),
+        2 => span.clone().prop_map(|(n, pages)| Op::Prefetch(n, pages)),
+        2 => span.clone().prop_map(|(n, pages)| Op::DontNeed(n, pages)),
+        1 => span.clone().prop_map(|(n, pages)| Op::Unmap(n, pages)),
+        1 => span.clone().prop_map(|(n, pages)| Op::Remap(n, pages)),
+        2 => (page, any::<bool>()).prop_map(|(n, hold)| Op::HoldForDma(n, hold)),
+        1 => (span, any::<bool>()).prop_map(|((n, pages), pinned)| Op::Pin(n, pages, pinned)),
+        1 => any::<bool>().prop_map(Op::Track),
+        1 => Just(Op::Trim),
+    ]
+}
+
+fn any_step() -> impl Strategy<Value = (Op, Option<(u64, Failure)>)> {
+    let failure = (1..5u64, prop::sample::select(FAILURES.to_vec()));
+    (any_op(), prop::option::weighted(0.2, failure))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_scripts_agree_with_the_model(
+        can_move in any::<bool>(),
+        window in 1..20usize,
+        slots in 4..64usize,
+        device in 8..128usize,
+        steps in prop::collection::vec(any_step(), 1..60),
+    ) {
+        let mut script = Script::new(Setup { window: (window.min(4), window), slots, device, ..setup(can_move) });
+        if device % 3 == 0 {
+            script.bed.device.full_after(PageCount::new(device / 2));
+        }
+        let device_fails = steps.iter().any(|step| matches!(step, (_, Some((_, Failure::Device(_))))));
+        for (op, failure) in steps {
+            if let Some((n, failure)) = failure {
+                script.fail(n, failure);
+            }
+            script.run(op);
+        }
+        // Two failures may meet in the two attempts at one page; then, and then only, something is lost.
+        let lost = script.finish();
+        prop_assert!(device_fails || lost == 0, "{lost} pages were lost by a device that never failed");
+    }
+}
