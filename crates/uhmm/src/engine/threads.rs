@@ -1,0 +1,268 @@
+//! Handler threads: faults and events as messages.
+//!
+//! What    [`Crew`] is the state that the handlers of one address space share; [`serve`] is the life of one.
+//! Events  come before faults: a batch is read under the layout lock, its events are applied, and only then
+//!         its faults are looked at. A fault that meets an event which is still unread is kept, the events
+//!         are read, and it is resolved again: it is never lost, and nobody spins on the ioctl.
+//! Where   the cost of a fault is the wake-up of the handler and of the faulter. On one processor the two
+//!         take turns and nothing has to be woken across: the *follower* moves to the faulter's processor
+//!         after it resolved a fault, if that changed. When several threads fault at once, *pinned*
+//!         handlers, one a processor, join in until it is quiet again.
+//! Rule    R7: no allocation, no standard locks, no thread-local storage (the agent's threads have none), no
+//!         managed memory.
+//! Fails   a fault that cannot be served for lack of memory waits; [`Hooks::starved`] is told how long.
+
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::time::{ClockId, clock_gettime};
+use uhmm_addr::{VaRange, Vpn};
+use uhmm_core::fault::{Fault, Resolution, Scratch};
+use uhmm_core::sync::WriteGuard;
+use uhmm_sys::futex;
+use uhmm_sys::host::LinuxHost;
+use uhmm_sys::placement::{self, ThreadCpu};
+use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
+
+use crate::managed::Managed;
+
+/// What the owner of the handlers has to say about some things.
+pub trait Hooks: Sync {
+    /// The program forked: `child` watches the child's memory, whose contents are still the parent's words
+    /// (see [`Mm::word_for_child`](uhmm_core::mm::Mm::word_for_child)).
+    fn forked(&self, managed: &Managed, layout: &WriteGuard<'_, LinuxHost>, child: Uffd);
+
+    /// A fault has been waiting for room so long. May make room by other means, or not return.
+    fn starved(&self, managed: &Managed, waited: Duration);
+
+    /// A fault was resolved in this time.
+    fn resolved(&self, took: Duration);
+
+    /// A page is lost.
+    fn poisoned(&self, page: Vpn);
+}
+
+/// What a handler is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Serves alone most of the time and follows the faulter.
+    Follower,
+    /// Helps on this processor while several threads fault.
+    Pinned(u32),
+}
+
+/// What the handlers of one address space share.
+pub struct Crew {
+    /// Where the program's threads run.
+    pub threads: &'static ThreadCpu,
+    /// 1 while the pinned handlers serve as well.
+    crowd: AtomicU32,
+    /// Whether the follower may change its processor.
+    pub follow: bool,
+}
+
+/// Faults that one handler has in its hands.
+const HANDS: usize = 2 * uhmm_sys::uffd::event::CAPACITY;
+/// Batches with several faulters before the pinned handlers are called.
+const CROWD: u32 = 4;
+/// Faults of unknown threads for each time that one is asked for.
+const ASK: u32 = 64;
+const IDLE: Duration = Duration::from_millis(100);
+const QUIET: Duration = Duration::from_millis(10);
+
+#[derive(Clone, Copy)]
+struct Held {
+    fault: Fault,
+    thread: u32,
+    since: Duration,
+}
+
+/// The time since some fixed moment.
+fn now() -> Duration {
+    let time = clock_gettime(ClockId::Monotonic);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+impl Crew {
+    /// A crew of handlers that are yet to start.
+    pub const fn new(threads: &'static ThreadCpu, follow: bool) -> Self {
+        Self { threads, crowd: AtomicU32::new(0), follow }
+    }
+
+    /// Lets pinned handlers that sleep notice that the space is closing.
+    pub fn wake_all(&self) {
+        self.crowd.store(1, Ordering::Release);
+        futex::wake(&self.crowd, u32::MAX);
+    }
+
+    fn call(&self) {
+        if self.crowd.swap(1, Ordering::AcqRel) == 0 {
+            futex::wake(&self.crowd, u32::MAX);
+        }
+    }
+}
+
+/// Serves `managed` until it is closed.
+pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scratch: &mut Scratch) {
+    let mut handler = Handler {
+        managed,
+        crew,
+        hooks,
+        held: [const { None }; HANDS],
+        events: EventBuffer::new(),
+        cpu: None,
+        crowded: 0,
+        last_thread: 0,
+        unknown: 0,
+    };
+    if let Role::Pinned(cpu) = role
+        && placement::set_affinity(cpu).is_ok()
+    {
+        handler.cpu = Some(cpu);
+    }
+    while !managed.mm().is_closed() {
+        // Not with faults in hand: nobody else knows of them.
+        if let Role::Pinned(_) = role
+            && handler.is_idle()
+            && crew.crowd.load(Ordering::Acquire) == 0
+        {
+            let _ = futex::wait(&crew.crowd, 0, Some(IDLE));
+            continue;
+        }
+        let idle = if role == Role::Follower { IDLE } else { QUIET };
+        if handler.is_idle() && !handler.wait(idle) {
+            if role != Role::Follower {
+                crew.crowd.store(0, Ordering::Release);
+            }
+            continue;
+        }
+        handler.read();
+        handler.resolve_all(scratch);
+        managed.kick_if_low();
+        if role == Role::Follower && crew.follow {
+            handler.follow();
+        }
+    }
+}
+
+struct Handler<'a> {
+    managed: &'a Managed,
+    crew: &'a Crew,
+    hooks: &'a dyn Hooks,
+    held: [Option<Held>; HANDS],
+    events: EventBuffer,
+    cpu: Option<u32>,
+    crowded: u32,
+    last_thread: u32,
+    unknown: u32,
+}
+
+impl Handler<'_> {
+    fn is_idle(&self) -> bool {
+        self.held.iter().all(Option::is_none)
+    }
+
+    /// Sleeps until a message comes; `false` if none does.
+    fn wait(&self, most: Duration) -> bool {
+        let uffd = self.managed.mm().host().program();
+        let most = Timespec { tv_sec: most.as_secs() as i64, tv_nsec: i64::from(most.subsec_nanos()) };
+        let mut fds = [PollFd::new(uffd, PollFlags::IN)];
+        poll(&mut fds, Some(&most)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Reads a batch: applies the events, keeps the faults.
+    fn read(&mut self) {
+        let mm = self.managed.mm();
+        let layout = mm.lock_layout();
+        if !matches!(mm.host().program().read(&mut self.events), ReadOutcome::Events(_)) {
+            return;
+        }
+        let since = now();
+        let mut slots = self.held.iter_mut().filter(|held| held.is_none());
+        let mut first = None;
+        for event in &mut self.events {
+            match event {
+                Event::Fault { addr, access, thread } => {
+                    let thread = thread.unwrap_or(0);
+                    if *first.get_or_insert(thread) != thread {
+                        self.crowded += 1;
+                    }
+                    let ours = self.managed.is_ours(thread);
+                    match slots.next() {
+                        Some(slot) => {
+                            *slot = Some(Held { fault: Fault { addr, access, ours }, thread, since });
+                        }
+                        // Hands full of faults that wait, perhaps for the very events behind this one: it is
+                        // reported again.
+                        None => mm.host().program().wake(VaRange::page(addr.page())),
+                    }
+                }
+                Event::Remove(range) => mm.removed(&layout, range),
+                Event::Unmap(range) => mm.unmapped(&layout, range),
+                Event::Remap { from, to, len } => {
+                    if let Some(from) = VaRange::covering(from, len) {
+                        mm.remapped(&layout, from, to);
+                    }
+                }
+                Event::Fork(child) => self.hooks.forked(self.managed, &layout, child),
+            }
+        }
+        drop(layout);
+        if self.crowded >= CROWD {
+            self.crowded = 0;
+            self.crew.call();
+        }
+    }
+
+    fn resolve_all(&mut self, scratch: &mut Scratch) {
+        let mm = self.managed.mm();
+        let mut starved = None;
+        for slot in &mut self.held {
+            let Some(held) = *slot else { continue };
+            match mm.resolve(held.fault, scratch) {
+                // Events first: the fault stays in our hands.
+                Resolution::Pending => {}
+                Resolution::Starved => {
+                    let since = starved.get_or_insert(held.since);
+                    *since = (*since).min(held.since);
+                }
+                Resolution::Resolved(_) | Resolution::InFlight => {
+                    self.hooks.resolved(now().saturating_sub(held.since));
+                    self.last_thread = held.thread;
+                    *slot = None;
+                }
+                Resolution::Poisoned(_) => {
+                    self.hooks.poisoned(held.fault.addr.page());
+                    *slot = None;
+                }
+                Resolution::Unmanaged => *slot = None,
+            }
+        }
+        if let Some(since) = starved {
+            self.hooks.starved(self.managed, now().saturating_sub(since));
+        } else if !self.is_idle() {
+            // The thread whose event was read must get to run before anything can be resolved.
+            rustix::thread::sched_yield();
+        }
+    }
+
+    /// Where a thread runs that is in no table: that costs some microseconds, so that it is asked for one fault
+    /// in many.
+    fn ask_where(&mut self, thread: NonZeroU32) -> Option<u32> {
+        self.unknown = self.unknown.wrapping_add(1);
+        (self.unknown % ASK == 1).then(|| placement::cpu_of_slow(thread.get()))?
+    }
+
+    /// Moves to where the last faulter runs.
+    fn follow(&mut self) {
+        let Some(thread) = NonZeroU32::new(self.last_thread) else { return };
+        let Some(cpu) = self.crew.threads.cpu_of(thread.get()).or_else(|| self.ask_where(thread)) else {
+            return;
+        };
+        if self.cpu != Some(cpu) && placement::set_affinity(cpu).is_ok() {
+            self.cpu = Some(cpu);
+        }
+    }
+}

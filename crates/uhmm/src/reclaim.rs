@@ -1,0 +1,336 @@
+//! Eviction in the background: keeps the resident memory of an address space inside a budget.
+//!
+//! What    [`Reclaimer`] has the three steps: *stage* pages (a clock over the managed ranges takes present
+//!         pages into the arena), *write back* the oldest staged pages to the device, *release* free frames
+//!         to the system. [`Governor`] decides how much of each, by a budget.
+//! Chance  a page that is touched while it is staged is taken back for the price of a move and marked; the
+//!         clock passes a marked page once. There is no accessed bit to be had from user space for
+//!         anonymous memory on kernels of today; staging is what tells hot pages from cold ones.
+//! Budget  counted is what the gauge counts; faults may take as many pages from the system as are left (the
+//!         allowance of [`Mm`](uhmm_core::mm::Mm)), and a fault beyond that waits until the governor has made
+//!         room. That is back-pressure: a handler cannot starve the evictor.
+//! Owns    the queue of staged slots. Slots that were taken back stay in it and are passed over.
+//! Threads one thread runs a governor. It may allocate and sleep; it holds no lock across a transfer.
+//! Fails   [`Outcome::Stuck`] when nothing can be evicted, [`Outcome::Full`] when the device has no room.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
+use uhmm_core::frame::Slot;
+use uhmm_core::migrate::{Select, WriteBack};
+use uhmm_core::mm::Epoch;
+use uhmm_core::pagemap::Pagemap;
+use uhmm_core::stats::{Skip, Skipped};
+use uhmm_sys::scan::Region;
+
+use crate::managed::Managed;
+
+/// Pages written in one go: 1 MiB.
+const WRITE_BATCH: usize = 256;
+/// Pages that the clock looks at in one go.
+const SCAN_PAGES: PageCount = PageCount::new(4 * CHUNK_PAGES);
+const REGIONS: usize = 64;
+/// Pages that are staged in one go.
+const STAGE_BATCH: PageCount = PageCount::new(128);
+/// A page of the greatest heat is tried once in 32 laps.
+const MOST_LAPS: u32 = 33;
+
+/// The three steps of eviction.
+#[derive(Debug)]
+pub struct Reclaimer {
+    managed: Arc<Managed>,
+    to: Arc<Pagemap>,
+    hand: Vpn,
+    lap: u32,
+    staged: VecDeque<Slot>,
+    regions: Box<[Region; REGIONS]>,
+}
+
+impl Reclaimer {
+    /// A reclaimer that evicts pages of `managed` to `to`.
+    pub fn new(managed: Arc<Managed>, to: Arc<Pagemap>) -> Self {
+        let regions = Box::new([Region::UNUSED; REGIONS]);
+        Self { managed, to, hand: Vpn::new(0), lap: 0, staged: VecDeque::new(), regions }
+    }
+
+    /// The address space.
+    pub fn managed(&self) -> &Managed {
+        &self.managed
+    }
+
+    /// The pagemap to which it evicts.
+    pub fn pagemap(&self) -> &Pagemap {
+        &self.to
+    }
+
+    /// Slots in the queue; some may have been taken back.
+    pub fn queued(&self) -> PageCount {
+        PageCount::new(self.staged.len())
+    }
+
+    /// Takes up to `want` cold pages into the arena. Fewer when the clock went round without finding any, or
+    /// when the arena is full.
+    pub fn stage(&mut self, want: PageCount) -> PageCount {
+        let mut staged = PageCount::ZERO;
+        let mut skipped = Skipped::default();
+        let mut rounds = 0;
+        while staged < want {
+            let Some((range, since)) = self.managed.range_from(self.hand) else {
+                rounds += 1;
+                self.lap = self.lap.wrapping_add(1);
+                // Where every page is hot, each has its turn within so many laps.
+                if rounds > MOST_LAPS || self.managed.range_from(Vpn::new(0)).is_none() {
+                    break;
+                }
+                self.hand = Vpn::new(0);
+                continue;
+            };
+            let window = range.take(SCAN_PAGES);
+            let scanner = self.managed.mm().host().scanner();
+            let Ok(scanned) = scanner.present(window, &mut self.regions[..]) else {
+                self.hand = window.end_page();
+                continue;
+            };
+            let mut hand = scanned.walk_end.page().max(window.first().forward(PageCount::ONE));
+            for n in 0..scanned.regions {
+                let present = self.regions[n].range;
+                let (taken, behind) = self.stage_present(present, since, want.minus(staged), &mut skipped);
+                staged = staged.plus(taken);
+                if staged >= want {
+                    hand = behind;
+                    break;
+                }
+            }
+            self.hand = hand;
+            if self.managed.mm().arena().free_slots(self.managed.mm().host()).is_zero() {
+                break;
+            }
+        }
+        self.managed.mm().stats().skip(&skipped);
+        staged
+    }
+
+    /// Stages up to `want` pages of `present`. Returns how many, and the page behind the last one looked at.
+    fn stage_present(
+        &mut self,
+        present: VaRange,
+        since: Epoch,
+        want: PageCount,
+        skipped: &mut Skipped,
+    ) -> (PageCount, Vpn) {
+        let before = self.staged.len();
+        let staged = |reclaimer: &Self| PageCount::new(reclaimer.staged.len() - before);
+        let mut rest = Some(present);
+        let mut at = present.first();
+        while let Some(part) = rest {
+            let missing = want.minus(staged(self));
+            if missing.is_zero() {
+                break;
+            }
+            let part = part.take(missing).take(STAGE_BATCH);
+            let mut refused = Skipped::default();
+            let looked_at = self.stage_part(part, since, &mut refused);
+            if refused.get(Skip::Busy) > 0 {
+                // Shared with a child or a parent, most likely: a frame of its own can be moved. Pages that
+                // are pinned stay busy.
+                refused = Skipped::default();
+                self.managed.unshare(part.take(looked_at));
+                self.stage_part(part.take(looked_at), since, &mut refused);
+            }
+            skipped.merge(&refused);
+            at = part.first().forward(looked_at);
+            rest = VaRange::of_pages(at, present.end_page().since(at));
+        }
+        (staged(self), at)
+    }
+
+    /// Stages what can be of the front of `part`; returns how much of it was looked at.
+    fn stage_part(&mut self, part: VaRange, since: Epoch, skipped: &mut Skipped) -> PageCount {
+        let select = Select::Cold { lap: self.lap };
+        let (collected, looked_at) = self.managed.mm().collect(part, since, select, skipped);
+        if let Some(isolated) = collected.and_then(|collected| collected.isolate(skipped)) {
+            let staged = &mut self.staged;
+            isolated.stage(|slot| staged.push_back(slot));
+        }
+        looked_at
+    }
+
+    /// Writes the oldest staged pages, about `want` of them, to the device; their frames are free then.
+    pub fn write_back(&mut self, want: PageCount) -> WriteBack {
+        let count = want.get().min(WRITE_BATCH).min(self.staged.len());
+        let batch: Vec<Slot> = self.staged.drain(..count).collect();
+        let mut again = Vec::new();
+        let result = self.managed.mm().write_back(&batch, &self.to, |slot| again.push(slot));
+        for slot in again.into_iter().rev() {
+            self.staged.push_front(slot);
+        }
+        result
+    }
+
+    /// Lets free frames go back to the system, all but `keep`.
+    pub fn release(&self, most: PageCount, keep: PageCount) -> PageCount {
+        let mm = self.managed.mm();
+        let free = mm.arena().free_frames(mm.host()).minus(keep);
+        mm.release_frames(free.at_most(most))
+    }
+}
+
+/// Tells how much memory is in use.
+pub trait Gauge {
+    /// Pages in use now, frames of the arena included.
+    fn resident(&mut self) -> io::Result<PageCount>;
+
+    /// Called when memory runs short: whatever grew without our knowledge is to be put under management.
+    fn adopt(&mut self);
+}
+
+/// How a cycle of the governor ended.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// There is room; look again after this time, or when asked.
+    Room(Duration),
+    /// Over the budget, and nothing could be evicted.
+    Stuck,
+    /// Over the budget, and the device has no room.
+    Full,
+    /// Over the budget, and the device fails.
+    Failed,
+}
+
+/// Keeps an address space inside its budget.
+#[derive(Debug)]
+pub struct Governor<G> {
+    reclaimer: Reclaimer,
+    gauge: G,
+    budget: PageCount,
+    /// Free room at which eviction starts, and at which it ends.
+    low: PageCount,
+    high: PageCount,
+    /// Staged pages that get the chance to be touched.
+    second_chance: PageCount,
+    /// Free frames kept for pages that come home.
+    keep: PageCount,
+    peak: PageCount,
+    idle_cycles: u32,
+}
+
+impl<G: Gauge> Governor<G> {
+    /// A governor that keeps what `gauge` counts at `budget` at most.
+    pub fn new(reclaimer: Reclaimer, gauge: G, budget: PageCount) -> Self {
+        let part = |divisor: usize, least: usize, most: usize| {
+            PageCount::new((budget.get() / divisor).clamp(least, most))
+        };
+        let low = part(64, 64, 1024);
+        reclaimer.managed().set_low_water(low);
+        Self {
+            reclaimer,
+            gauge,
+            budget,
+            low,
+            high: part(24, 128, 2560),
+            second_chance: part(8, 64, 1 << 15),
+            keep: part(128, 16, 512),
+            peak: PageCount::ZERO,
+            idle_cycles: 0,
+        }
+    }
+
+    /// The most that was ever counted.
+    pub const fn peak(&self) -> PageCount {
+        self.peak
+    }
+
+    /// What counts the memory.
+    pub const fn gauge(&mut self) -> &mut G {
+        &mut self.gauge
+    }
+
+    /// The steps, for callers that want one of them.
+    pub const fn reclaimer(&mut self) -> &mut Reclaimer {
+        &mut self.reclaimer
+    }
+
+    fn room(&mut self) -> PageCount {
+        // A gauge that fails would have us evict everything; better to believe in no room.
+        let resident = self.gauge.resident().unwrap_or(self.budget);
+        self.peak = self.peak.max(resident);
+        let room = self.budget.minus(resident);
+        self.reclaimer.managed().mm().set_allowance(room);
+        room
+    }
+
+    /// Looks once, and evicts until there is room.
+    pub fn cycle(&mut self) -> Outcome {
+        let mut room = self.room();
+        if room >= self.low {
+            self.reclaimer.managed().mm().stop_growth(false);
+            self.idle_cycles = self.idle_cycles.saturating_add(1);
+            if self.idle_cycles.is_multiple_of(64) {
+                self.reclaimer.pagemap().trim(4);
+            }
+            return Outcome::Room(self.nap(room));
+        }
+        self.idle_cycles = 0;
+        let mut fruitless = 0;
+        while room < self.high {
+            self.gauge.adopt();
+            let (progress, written) = self.step(self.high.minus(room));
+            let before = room;
+            room = self.room();
+            self.reclaimer.managed().announce_room();
+            if progress || room > before {
+                fruitless = 0;
+                continue;
+            }
+            fruitless += 1;
+            if fruitless >= 3 {
+                return match written {
+                    _ if room >= self.low => Outcome::Room(Duration::from_millis(1)),
+                    WriteBack { full, .. } if !full.is_zero() => {
+                        // What comes home makes room on the device; what grows does not.
+                        self.reclaimer.managed().mm().stop_growth(true);
+                        Outcome::Full
+                    }
+                    WriteBack { failed, .. } if !failed.is_zero() => Outcome::Failed,
+                    _ => Outcome::Stuck,
+                };
+            }
+        }
+        self.reclaimer.managed().mm().stop_growth(false);
+        // A device that fills up cannot afford copies of pages that are home.
+        let map = self.reclaimer.pagemap();
+        let crowded = map.live().get() > map.range().pages.get() / 10 * 9;
+        if crowded {
+            self.reclaimer.managed().mm().set_tracking(false);
+        }
+        Outcome::Room(Duration::from_millis(1))
+    }
+
+    /// One round of the three steps, towards `wanted` free pages. Says whether anything moved.
+    fn step(&mut self, wanted: PageCount) -> (bool, WriteBack) {
+        // As many pages wait in the arena as get their chance, and as many more as are about to be written.
+        let missing = self.second_chance.plus(wanted).minus(self.reclaimer.queued());
+        let staged = self.reclaimer.stage(missing.at_most(PageCount::new(2 * WRITE_BATCH)));
+        let over = self.reclaimer.queued().minus(self.second_chance);
+        // Short of pages to stage, the second chance is what gives.
+        let write = if staged.is_zero() && over.is_zero() { wanted } else { over };
+        let written = if write.is_zero() { WriteBack::default() } else { self.reclaimer.write_back(write) };
+        let released = self.reclaimer.release(wanted.max(PageCount::ONE), self.keep);
+        let moved = !staged.is_zero() || !written.moved.is_zero() || !written.raced.is_zero();
+        (moved || !released.is_zero(), written)
+    }
+
+    fn nap(&self, room: PageCount) -> Duration {
+        Duration::from_millis(if room.get() < self.high.get() * 4 {
+            1
+        } else if room.get() < self.budget.get() / 2 {
+            2
+        } else {
+            10
+        })
+    }
+}
