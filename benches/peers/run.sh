@@ -1,0 +1,192 @@
+#!/bin/bash
+# The same program on kernel swap and under `uhmm run`, each with the same memory. See README.md.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+uhmm=${UHMM:-$here/../../target/release/uhmm}
+limit=64
+swap_size=4096
+directory=${TMPDIR:-/var/tmp}
+json=no
+program=all
+
+usage() {
+    cat <<TEXT
+Usage: run.sh [--ram MIB] [--swap MIB] [--dir DIRECTORY] [--json] [sort | python | -- PROGRAM ARGS..]
+
+  --ram MIB   memory for the program (default: $limit)
+  --swap MIB  size of the swap file (default: $swap_size)
+  --dir DIR   where the swap file and uhmm's file lie; the same disk for both (default: $directory)
+  --json      an array of {program, ram_mib, swap_seconds, uhmm_seconds, swap_peak_kib, uhmm_peak_kib, ratio}
+
+UHMM names the uhmm command (default: target/release/uhmm of this checkout). Needs root.
+TEXT
+}
+
+fail() {
+    echo "run.sh: $*" >&2
+    exit 1
+}
+
+own=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --ram) limit=$2; shift 2 ;;
+        --swap) swap_size=$2; shift 2 ;;
+        --dir) directory=$2; shift 2 ;;
+        --json) json=yes; shift ;;
+        --help | -h) usage; exit 0 ;;
+        --) shift; program=own; own=("$@"); break ;;
+        sort | python) program=$1; shift ;;
+        *) usage >&2; exit 2 ;;
+    esac
+done
+[[ $limit =~ ^[1-9][0-9]*$ && $swap_size =~ ^[1-9][0-9]*$ ]] || fail "sizes are whole numbers of MiB"
+[ "$program" != own ] || [ ${#own[@]} -gt 0 ] || fail "no program behind --"
+[ "$(id -u)" = 0 ] || fail "a memory limit and a swap file need root"
+[ -x "$uhmm" ] || fail "$uhmm is not there; build it (cargo build --release) or set UHMM"
+
+group= swap= work= cgroup=
+
+restore() {
+    set +e
+    # Swap first: what is still on it must come home, for which the limit must not stand in the way.
+    if [ -n "$group" ] && [ -d "$group" ]; then
+        for pid in $(cat "$group/cgroup.procs" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null; done
+        for _ in $(seq 50); do rmdir "$group" 2>/dev/null && break; sleep 0.1; done
+    fi
+    if [ -n "$swap" ]; then
+        swapoff "$swap" 2>/dev/null
+        rm -f "$swap"
+    fi
+    [ -z "$work" ] || rm -rf "$work"
+}
+trap restore EXIT
+trap 'exit 130' INT TERM
+
+# --- the limit: cgroup v1 or v2 -------------------------------------------------------------------------------
+
+if [ -f /sys/fs/cgroup/cgroup.controllers ] && grep -qw memory /sys/fs/cgroup/cgroup.controllers; then
+    cgroup=2
+    echo +memory >/sys/fs/cgroup/cgroup.subtree_control 2>/dev/null || true
+    group=/sys/fs/cgroup/uhmm-peers-$$
+    mkdir "$group"
+    [ -f "$group/memory.max" ] || fail "the memory controller cannot be enabled in /sys/fs/cgroup"
+    echo $((limit << 20)) >"$group/memory.max"
+    # Swap itself is not limited.
+    echo max >"$group/memory.swap.max"
+elif [ -d /sys/fs/cgroup/memory ]; then
+    cgroup=1
+    group=/sys/fs/cgroup/memory/uhmm-peers-$$
+    mkdir "$group"
+    echo $((limit << 20)) >"$group/memory.limit_in_bytes"
+    echo 60 >"$group/memory.swappiness"
+else
+    fail "no memory controller under /sys/fs/cgroup"
+fi
+
+oom_kills() {
+    local file=$group/memory.oom_control
+    [ $cgroup = 1 ] || file=$group/memory.events
+    awk '$1 == "oom_kill" { print $2; found = 1 } END { if (!found) print 0 }' "$file"
+}
+
+# The most memory that the group had, page cache and all, in KiB.
+peak() {
+    local file=$group/memory.max_usage_in_bytes
+    [ $cgroup = 1 ] || file=$group/memory.peak
+    if [ -r "$file" ]; then echo $(($(cat "$file") >> 10)); else echo 0; fi
+}
+
+reset_peak() {
+    if [ $cgroup = 1 ]; then
+        echo 1 >"$group/memory.force_empty" || true
+        echo 0 >"$group/memory.max_usage_in_bytes" || true
+    else
+        echo reset >"$group/memory.peak" 2>/dev/null || true
+    fi
+}
+
+swap=$(mktemp "$directory/uhmm-peers-swap.XXXXXX")
+chmod 600 "$swap"
+# Written, not only allocated: a file with holes cannot be swapped to.
+dd if=/dev/zero of="$swap" bs=1M count="$swap_size" status=none
+mkswap "$swap" >/dev/null
+swapon "$swap" || fail "$directory cannot hold a swap file; choose another one with --dir"
+work=$(mktemp -d "$directory/uhmm-peers.XXXXXX")
+
+# --- the programs ----------------------------------------------------------------------------------------------
+
+seq 3000000 >"$work/numbers"
+cat >"$work/dict.py" <<'PYTHON'
+import random
+random.seed(1)
+table = {n: str(n) * 3 for n in range(1_000_000)}
+total = 0
+for _ in range(250_000):
+    key = random.randrange(1_000_000)
+    total += len(table[key])
+    if key % 4 == 0:
+        table[key] = str(key + 1)
+print(total, len(table))
+PYTHON
+
+command_of() {
+    case $1 in
+        sort) command=(sort -r -S 1G -T "$work" "$work/numbers") ;;
+        python) command=(python3 "$work/dict.py") ;;
+        own) command=("${own[@]}") ;;
+    esac
+}
+
+# Seconds that "$@" took, by the clock; its output goes to the file $1.
+timed() {
+    local output=$1 start end
+    shift
+    start=$(date +%s.%N)
+    "$@" >"$output" || return 1
+    end=$(date +%s.%N)
+    awk -v a="$start" -v b="$end" 'BEGIN { printf "%.2f", b - a }'
+}
+
+in_group() {
+    (echo $BASHPID >"$group/cgroup.procs" && exec "$@")
+}
+
+field() {
+    sed -n "s/.*\"$1\"[[:space:]]*:[[:space:]]*\\([0-9][0-9]*\\).*/\\1/p" "$2" | head -n 1
+}
+
+results=()
+table() { [ $json = yes ] || printf '%-10s %8s %10s %10s %12s %12s %7s\n' "$@"; }
+
+compare() {
+    local name=$1 by_swap by_uhmm swap_peak uhmm_peak killed ratio
+    command_of "$name"
+    killed=$(oom_kills)
+    reset_peak
+    by_swap=$(timed "$work/by-swap" in_group "${command[@]}") || fail "$name failed on kernel swap"
+    [ "$(oom_kills)" = "$killed" ] || fail "$name was killed for want of memory: a larger --swap or --ram is needed"
+    swap_peak=$(peak)
+    by_uhmm=$(TMPDIR=$directory timed "$work/by-uhmm" "$uhmm" run --quiet --ram "${limit}MiB" --device file: \
+        --stats "$work/stats.json" -- "${command[@]}") || fail "$name failed under uhmm run"
+    cmp -s "$work/by-swap" "$work/by-uhmm" || fail "$name printed something else under uhmm run"
+    uhmm_peak=$(field peak_resident_bytes "$work/stats.json")
+    [ -n "$uhmm_peak" ] || fail "no peak_resident_bytes in the statistics of uhmm run"
+    uhmm_peak=$((uhmm_peak >> 10))
+    ratio=$(awk -v a="$by_swap" -v b="$by_uhmm" 'BEGIN { printf "%.2f", a / (b > 0 ? b : 0.01) }')
+    table "$name" "$limit" "$by_swap" "$by_uhmm" "$swap_peak" "$uhmm_peak" "$ratio"
+    results+=("$(printf '{"program": "%s", "ram_mib": %d, "swap_seconds": %s, "uhmm_seconds": %s, "swap_peak_kib": %d, "uhmm_peak_kib": %d, "ratio": %s}' \
+        "$name" "$limit" "$by_swap" "$by_uhmm" "$swap_peak" "$uhmm_peak" "$ratio")")
+}
+
+table program ram/MiB swap/s uhmm/s swap-KiB uhmm-KiB ratio
+if [ "$program" = all ]; then
+    compare sort
+    compare python
+else
+    compare "$program"
+fi
+if [ $json = yes ]; then
+    (IFS=, && printf '[%s]\n' "${results[*]}")
+fi
