@@ -63,6 +63,11 @@ fn run(steps: &[Step]) -> ExitCode {
         println!("all {} steps passed", outcomes.len());
         ExitCode::SUCCESS
     } else {
+        for (name, outcome, _) in &outcomes {
+            if let Outcome::Failed(_, told) = outcome {
+                println!("\n=== {name}: what it said\n{}", told.concat());
+            }
+        }
         println!("{failed} of {} steps failed", outcomes.len());
         ExitCode::FAILURE
     }

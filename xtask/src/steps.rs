@@ -5,11 +5,13 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use std::{mem, thread};
 
 /// The first command of the README, behind `sh -c`.
 const PIPELINE: &str = "seq 3000000 | sort -r -S 1G | md5sum";
@@ -40,14 +42,15 @@ enum Judge {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Outcome {
     Passed,
-    Failed(String),
+    /// Why, and the part of what it printed that says more; empty where it was printed to a terminal.
+    Failed(String, Vec<String>),
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Passed => f.write_str("passed"),
-            Self::Failed(why) => write!(f, "FAILED ({why})"),
+            Self::Failed(why, _) => write!(f, "FAILED ({why})"),
         }
     }
 }
@@ -95,19 +98,33 @@ impl Step {
             // A line fits into the pipe: it is read when the command has ended.
             Judge::SameAsPlain => self.carry_out_captured(command),
         };
-        done.unwrap_or_else(|error| Outcome::Failed(format!("{}: {error}", self.program)))
+        done.unwrap_or_else(|error| Outcome::Failed(format!("{}: {error}", self.program), Vec::new()))
     }
 
     fn carry_out(&self, mut command: Command) -> io::Result<Outcome> {
-        let status = wait(&mut start(&mut command)?, self.minutes)?;
-        Ok(judge(status, self.minutes))
+        if is_watched() {
+            return Ok(judge(start(&mut command)?.wait().map(Some)?, self.minutes, Vec::new()));
+        }
+        // One pipe for both streams, so that their lines stay in order.
+        let (output, input) = io::pipe()?;
+        command.stdout(input.try_clone()?).stderr(input);
+        let mut child = start(&mut command)?;
+        // The command holds the pipe's other end; with it gone, the reader ends with the child.
+        drop(command);
+        let (sender, told) = mpsc::channel();
+        thread::spawn(move || sender.send(pass_on(BufReader::new(output))));
+        let status = wait(&mut child, self.minutes)?;
+        // A process that outlived the command may hold the pipe open.
+        let told = told.recv_timeout(Duration::from_secs(10)).unwrap_or_default();
+        Ok(judge(status, self.minutes, told))
     }
 
     fn carry_out_captured(&self, mut command: Command) -> io::Result<Outcome> {
         let mut child = start(command.stdout(Stdio::piped()))?;
         let status = wait(&mut child, self.minutes)?;
-        if judge(status, self.minutes) != Outcome::Passed {
-            return Ok(judge(status, self.minutes));
+        let outcome = judge(status, self.minutes, Vec::new());
+        if outcome != Outcome::Passed {
+            return Ok(outcome);
         }
         let mut managed = String::new();
         if let Some(mut output) = child.stdout.take() {
@@ -119,17 +136,41 @@ impl Step {
         if managed == plain {
             Ok(Outcome::Passed)
         } else {
-            Ok(Outcome::Failed("the output differs".to_owned()))
+            Ok(Outcome::Failed("the output differs".to_owned(), Vec::new()))
         }
     }
 }
 
-fn judge(status: Option<ExitStatus>, minutes: u64) -> Outcome {
+fn judge(status: Option<ExitStatus>, minutes: u64, told: Vec<String>) -> Outcome {
     match status {
         Some(status) if status.success() => Outcome::Passed,
-        Some(status) => Outcome::Failed(status.to_string()),
-        None => Outcome::Failed(format!("not done after {minutes} minutes")),
+        Some(status) => Outcome::Failed(status.to_string(), told),
+        None => Outcome::Failed(format!("not done after {minutes} minutes"), told),
     }
+}
+
+/// Prints every line as it comes. Returns those from the first failure a test runner reports to the end of
+/// its report; without one, the last lines.
+fn pass_on(mut lines: impl BufRead) -> Vec<String> {
+    const MOST: usize = 120;
+    let (mut told, mut reported, mut line) = (Vec::new(), false, Vec::new());
+    // The line may not be UTF-8: the output of a program under test.
+    while lines.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+        let text = String::from_utf8_lossy(&mem::take(&mut line)).into_owned();
+        print!("{text}");
+        let _ = io::stdout().flush();
+        if text.trim_end() == "failures:" && !reported {
+            reported = true;
+            told.clear();
+        }
+        if told.len() == MOST && !reported {
+            told.remove(0);
+        }
+        if told.len() < MOST {
+            told.push(text);
+        }
+    }
+    told
 }
 
 fn is_watched() -> bool {

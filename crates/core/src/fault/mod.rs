@@ -13,8 +13,14 @@
 //! Fails   a device that cannot give the page poisons it ([`Resolution::Poisoned`], rule R1).
 
 pub mod decide;
+mod fetch;
+mod fill;
+mod huge;
+mod install;
+mod lift;
 mod resolve;
 mod scratch;
+mod take_back;
 pub mod window;
 
 pub use decide::Access;

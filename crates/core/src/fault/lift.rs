@@ -1,0 +1,62 @@
+//! A store to a page that is write-protected: it is being copied out, or the device still has a copy of it.
+//!
+//! Locks: the layout lock for reading, over the claim and the call.
+
+use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
+
+use super::resolve::{Resolution, Step};
+use crate::host::{Host, Stop};
+use crate::mm::Mm;
+use crate::pagetable::PageWord;
+use crate::stats::Counter;
+
+/// The most pages that one store opens for writing.
+const LIFT_WINDOW: usize = 16;
+
+impl<H: Host> Mm<H> {
+    /// Lifts the protection of a page under a claim of its own: were the page to leave and come back protected
+    /// between the look at its word and the call, a store would go unnoticed, and the store be lost with it.
+    pub(super) fn lift(&self, page: Vpn, word: PageWord) -> Step {
+        let _layout = self.layout.read(&self.host);
+        let claim = |page: Vpn, word: PageWord| {
+            self.table.entry(page).exchange(word, PageWord::filling().with_pinned(word.is_pinned())).is_ok()
+        };
+        if !claim(page, word) {
+            return Step::Again;
+        }
+        let mut was = [word; LIFT_WINDOW];
+        let mut claimed = 1;
+        if word.is_tracked() {
+            self.note_written(page);
+            // Where pages are written in order, the neighbours' faults are spared.
+            while claimed < LIFT_WINDOW.min(CHUNK_PAGES - page.in_chunk()) {
+                let next = page.forward(PageCount::new(claimed));
+                let word = self.table.entry(next).load();
+                if !word.is_tracked() || self.tracks(page) || !claim(next, word) {
+                    break;
+                }
+                was[claimed] = word;
+                claimed += 1;
+            }
+        }
+        let pages = PageCount::new(claimed);
+        let range = VaRange::page(page).grow(pages);
+        let progress = self.host.write_protect(range, false);
+        let lifted = progress.stop != Stop::Pending;
+        for (page, word) in range.iter().zip(was) {
+            let left = self.table.entry(page).leave(if lifted { word.without_copy() } else { word });
+            if lifted {
+                self.free(word);
+            }
+            self.after_leave(page, left.wake);
+        }
+        if !lifted {
+            return Step::Done(Resolution::Pending);
+        }
+        if !progress.is_complete() {
+            self.host.wake(range);
+        }
+        self.stats.add(Counter::Lifted, 1);
+        Step::Done(Resolution::Resolved(pages))
+    }
+}
