@@ -2,7 +2,7 @@
 //!
 //! The first raw thread is started without the program's file table, closes its copies of the program's
 //! files (a pipe held open here would keep somebody waiting for its end), connects to the keeper, builds the
-//! address space, starts the others, and becomes the follower.
+//! address space, starts the others, and becomes the first handler.
 
 use std::ffi::CStr;
 use std::io;
@@ -121,6 +121,7 @@ extern "C" fn first(arg: *mut u8) {
                 let place = Box::into_raw(Box::new(cpu));
                 spawn(c"uhmm-pinned", pinned, place.cast())?;
             }
+            spawn(c"uhmm-awake", keep_awake, ptr::null_mut())?;
         }
         Ok(agent)
     });
@@ -135,7 +136,7 @@ extern "C" fn first(arg: *mut u8) {
     futex::wake(&start.state, u32::MAX);
     drop(start);
     if let Some(agent) = agent {
-        handle(agent, Role::Follower);
+        handle(agent, Role::First);
     }
 }
 
@@ -157,6 +158,12 @@ extern "C" fn pinned(cpu: *mut u8) {
     let cpu = *unsafe { Box::from_raw(cpu.cast::<u32>()) };
     if let Some(agent) = Agent::get() {
         handle(agent, Role::Pinned(cpu));
+    }
+}
+
+extern "C" fn keep_awake(_: *mut u8) {
+    if let Some(agent) = Agent::get() {
+        handle(agent, Role::KeepAwake);
     }
 }
 
@@ -201,7 +208,7 @@ fn connect(cookie: u64) -> Result<Agent, StartError> {
     Ok(Agent {
         managed: Arc::new(managed),
         pagemap,
-        crew: Crew::new(&THREADS, true),
+        crew: Crew::new(&THREADS),
         budget: welcome.budget.pages(),
         block,
         keeper: Lock::new(connection),

@@ -10,6 +10,7 @@
 //! Unsafe   all of the project's promises to the kernel live here. The doors are `Uffd::register`, which
 //!          gives memory to a fault handler, and `Mapping`, which owns address space.
 
+pub mod awake;
 pub mod child;
 pub mod futex;
 pub mod host;

@@ -18,7 +18,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-use crate::thread::pointer;
+use linux_raw_sys::general as sys;
+
+use crate::thread::{pointer, raw};
 
 /// Where the CPU number lies in the area: behind `cpu_id_start`.
 const CPU_ID: isize = 4;
@@ -380,6 +382,16 @@ pub fn set_affinity_all() -> io::Result<()> {
         all.set(cpu);
     }
     Ok(sched_setaffinity(None, &all)?)
+}
+
+/// Has the calling thread run only where no other thread wants to (`SCHED_IDLE`), for good.
+pub fn yield_to_all() -> io::Result<()> {
+    const SCHED_IDLE: usize = 5;
+    let priority = 0i32;
+    let args = [0, SCHED_IDLE, ptr::from_ref(&priority) as usize, 0, 0];
+    // SAFETY: the kernel reads the priority, which lives until the call returns.
+    unsafe { raw::syscall(sys::__NR_sched_setscheduler, args) }?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -210,6 +210,8 @@ pub struct Governor<G> {
     /// Free room at which eviction starts, and at which it ends.
     low: PageCount,
     high: PageCount,
+    /// The fewest pages that one round tries to free.
+    least: PageCount,
     /// Staged pages that get the chance to be touched.
     second_chance: PageCount,
     /// Free frames kept for pages that come home.
@@ -232,6 +234,7 @@ impl<G: Gauge> Governor<G> {
             budget,
             low,
             high: part(24, 128, 2560),
+            least: part(128, 16, 128),
             second_chance: part(8, 64, 1 << 15),
             keep: part(128, 16, 512),
             peak: PageCount::ZERO,
@@ -278,7 +281,9 @@ impl<G: Gauge> Governor<G> {
         let mut fruitless = 0;
         while room < self.high {
             self.gauge.adopt();
-            let (progress, written) = self.step(self.high.minus(room));
+            // Never a page at a time behind a program that takes a page at a time: short writes cost the disk
+            // as much as long ones, and the program's reads wait behind them.
+            let (progress, written) = self.step(self.high.minus(room).max(self.least));
             let before = room;
             room = self.room();
             self.reclaimer.managed().announce_room();

@@ -415,14 +415,17 @@ impl Managed {
 
 impl Inner {
     fn start_handlers(&mut self) -> io::Result<()> {
-        let crew = Arc::new(Crew::new(&THREADS, true));
+        let crew = Arc::new(Crew::new(&THREADS));
         let cpus = placement::allowed_cpus()?;
-        let pinned: Vec<Role> =
-            if cpus.count() > 1 { cpus.iter().map(Role::Pinned).collect() } else { Vec::new() };
+        let mut helpers = Vec::new();
+        if cpus.count() > 1 {
+            helpers.extend(cpus.iter().map(Role::Pinned));
+            helpers.push(Role::KeepAwake);
+        }
         // A thread that forks holds the allocator's locks until a handler has read its event, and a thread
         // allocates while it starts: no range is watched before every handler is there.
-        let ready = Arc::new(Barrier::new(pinned.len() + 2));
-        for role in std::iter::once(Role::Follower).chain(pinned) {
+        let ready = Arc::new(Barrier::new(helpers.len() + 2));
+        for role in std::iter::once(Role::First).chain(helpers) {
             let (managed, crew, ready) = (self.managed.clone(), crew.clone(), ready.clone());
             let (mut scratch, buffer) = Managed::scratch()?;
             let thread = std::thread::Builder::new().name("uhmm-handler".into()).spawn(move || {

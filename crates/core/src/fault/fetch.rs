@@ -34,10 +34,11 @@ impl<H: Host> Mm<H> {
             return Step::Again;
         };
         // Frames: a tracked page must be copied in; otherwise free frames of the arena take its place. A copy
-        // takes a page from the system, whatever it is made from, and that is what the allowance is for.
+        // takes a page from the system, whatever it is made from, and that is what the allowance is for. One page
+        // by itself is copied as well: to copy it is faster than to have every processor forget where its frame was.
         let mut runs: [Option<Run<'_, Framed, H>>; RUNS] = [const { None }; RUNS];
         let mut framed = PageCount::ZERO;
-        if !tracked && self.host.can_move() {
+        if !tracked && self.host.can_move() && claimed > PageCount::ONE {
             for run in &mut runs {
                 let missing = claimed.minus(framed);
                 if missing.is_zero() {

@@ -2,7 +2,7 @@
 //!
 //! What     [`FileDevice`]: page `n` is the 4096 bytes at offset `n * 4096`.
 //! Why      the memory that everybody has more of: a disk.
-//! How      `opening` gets a descriptor with the right size, `ring` carries batches through io_uring, and
+//! How      `awake` waits for what a fault needs, `opening` gets a descriptor with the right size, `ring` carries batches through io_uring, and
 //!          `positioned` carries them with `preadv`/`pwritev`: what is one request, where that is faster; everything
 //!          where io_uring is refused or all rings are busy; and whatever a ring did not finish.
 //! Owns     the descriptor and the rings. An existing file's bytes are what its pages read as until they are
@@ -29,6 +29,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use uhmm_addr::{ByteSize, PageCount};
 use uhmm_core::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
+use uhmm_sys::awake::Awake;
 
 pub use opening::FileOptions;
 
@@ -45,6 +46,7 @@ pub struct FileDevice {
     direct: bool,
     rings: Option<Rings>,
     keeps_space: AtomicBool,
+    awake: Awake,
 }
 
 impl FileDevice {
@@ -104,10 +106,12 @@ impl FileDevice {
         Ok(Handle { backing: Backing::File, size: self.pages.size(), fd })
     }
 
-    fn carry(&self, direction: Direction, batch: &mut [Transfer]) {
-        let job = Job { fd: self.fd.as_fd(), direction, pages: self.pages };
-        // One request is done soonest by the system call that does nothing else.
-        let carried = !positioned::is_one_request(job, batch)
+    /// Carries the batch out. `urgent` if somebody waits for it, whom it would cost time if we slept.
+    fn carry(&self, direction: Direction, batch: &mut [Transfer], urgent: bool) {
+        let awake = (urgent && self.direct && self.awake.begin()).then_some(&self.awake);
+        let job = Job { fd: self.fd.as_fd(), direction, pages: self.pages, awake };
+        // Asleep, one request is done soonest by the system call that does nothing else.
+        let carried = (awake.is_some() || !positioned::is_one_request(job, batch))
             && self.rings.as_ref().is_some_and(|rings| rings.carry(job, batch));
         if !carried {
             positioned::carry(job, batch);
@@ -129,11 +133,15 @@ impl Device for FileDevice {
     }
 
     fn write(&self, batch: &mut [Transfer]) {
-        self.carry(Direction::Write, batch);
+        self.carry(Direction::Write, batch, false);
     }
 
     fn read(&self, batch: &mut [Transfer]) {
-        self.carry(Direction::Read, batch);
+        self.carry(Direction::Read, batch, true);
+    }
+
+    fn read_ahead(&self, batch: &mut [Transfer]) {
+        self.carry(Direction::Read, batch, false);
     }
 
     fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
@@ -171,6 +179,8 @@ struct Job<'a> {
     fd: BorrowedFd<'a>,
     direction: Direction,
     pages: PageCount,
+    /// Set if the answer is to be waited for awake.
+    awake: Option<&'a Awake>,
 }
 
 /// What an error number means for a transfer.

@@ -18,6 +18,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use uhmm_addr::{ByteSize, PAGE_SIZE};
+use uhmm_sys::awake::Awake;
 
 use super::FileDevice;
 use super::ring::Rings;
@@ -226,7 +227,16 @@ impl FileOptions {
     ) -> Result<FileDevice, OpenError> {
         let pages = whole_pages(size)?;
         let rings = if self.io_uring { Rings::new(self.rings, fd.as_fd()) } else { None };
-        Ok(FileDevice { name, path, fd, pages, direct, rings, keeps_space: AtomicBool::new(false) })
+        Ok(FileDevice {
+            name,
+            path,
+            fd,
+            pages,
+            direct,
+            rings,
+            keeps_space: AtomicBool::new(false),
+            awake: Awake::default(),
+        })
     }
 }
 

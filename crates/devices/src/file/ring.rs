@@ -181,7 +181,17 @@ impl<'a> Batch<'a> {
                 return Ok(());
             }
             let want = if more { waiting.div_ceil(2) } else { waiting };
-            let entered = ring.uring.submit_and_wait(want);
+            if let Some(awake) = self.job.awake.filter(|_| !more)
+                && ring.uring.submit().is_ok()
+                && awake.wait(|| {
+                    self.reap(ring);
+                    self.under_way == 0
+                })
+            {
+                return Ok(());
+            }
+            let waiting = self.under_way.count_ones() as usize;
+            let entered = ring.uring.submit_and_wait(want.min(waiting));
             self.reap(ring);
             match entered.map_err(|error| Errno::from_io_error(&error)) {
                 Ok(_) | Err(Some(Errno::INTR)) => {}

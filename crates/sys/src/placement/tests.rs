@@ -91,3 +91,16 @@ fn statistics_are_parsed_behind_any_name() {
     text.push_number(4_294_967_295);
     assert_eq!(text.bytes(), b"04294967");
 }
+
+#[test]
+fn a_thread_that_yields_to_all_has_the_idle_policy() {
+    std::thread::spawn(|| {
+        yield_to_all().unwrap();
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        // Field 41 of all; the second one, the name, ends in the last parenthesis.
+        let policy = stat.rsplit(')').next().unwrap().split_whitespace().nth(41 - 3);
+        assert_eq!(policy, Some("5"), "SCHED_IDLE");
+    })
+    .join()
+    .unwrap();
+}

@@ -5,6 +5,7 @@
 //! * [`threads`]: handler threads read messages. Serves every access, the kernel's own included; the price
 //!   is a hand-over between threads, which is kept small by running the handler where the faulter runs.
 
+mod haltpoll;
 pub mod signal;
 pub mod threads;
 

@@ -4,10 +4,12 @@
 //! Events  come before faults: a batch is read under the layout lock, its events are applied, and only then
 //!         its faults are looked at. A fault that meets an event which is still unread is kept, the events
 //!         are read, and it is resolved again: it is never lost, and nobody spins on the ioctl.
-//! Where   the cost of a fault is the wake-up of the handler and of the faulter. On one processor the two
-//!         take turns and nothing has to be woken across: the *follower* moves to the faulter's processor
-//!         after it resolved a fault, if that changed. When several threads fault at once, *pinned*
-//!         handlers, one a processor, join in until it is quiet again.
+//! Where   the cost of a fault is the wake-up of the handler and of the faulter, and the scheduler draws a thread
+//!         that wakes up away from a processor on which its waker is just running, to one that must be woken first.
+//!         The *first* handler therefore stays off the faulter's processor, looks for the next fault for a moment
+//!         before it sleeps, and has the faulter's processor kept out of its halt
+//!         ([`haltpoll`](super::haltpoll)). When several threads fault at once, *pinned* handlers, one a
+//!         processor, join in until it is quiet again.
 //! Rule    R7: no allocation, no standard locks, no thread-local storage (the agent's threads have none), no
 //!         managed memory.
 //! Fails   a fault that cannot be served for lack of memory waits; [`Hooks::starved`] is told how long.
@@ -21,11 +23,13 @@ use rustix::time::{ClockId, clock_gettime};
 use uhmm_addr::{VaRange, Vpn};
 use uhmm_core::fault::{Fault, Resolution, Scratch};
 use uhmm_core::sync::WriteGuard;
+use uhmm_sys::awake::Awake;
 use uhmm_sys::futex;
 use uhmm_sys::host::LinuxHost;
 use uhmm_sys::placement::{self, ThreadCpu};
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
 
+use super::haltpoll::{HaltPoll, keep_awake};
 use crate::managed::Managed;
 
 /// What the owner of the handlers has to say about some things.
@@ -47,10 +51,12 @@ pub trait Hooks: Sync {
 /// What a handler is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// Serves alone most of the time and follows the faulter.
-    Follower,
+    /// Serves alone most of the time.
+    First,
     /// Helps on this processor while several threads fault.
     Pinned(u32),
+    /// Serves no fault, but keeps the processor of who waits for one awake: see [`haltpoll`](super::haltpoll).
+    KeepAwake,
 }
 
 /// What the handlers of one address space share.
@@ -59,16 +65,15 @@ pub struct Crew {
     pub threads: &'static ThreadCpu,
     /// 1 while the pinned handlers serve as well.
     crowd: AtomicU32,
-    /// Whether the follower may change its processor.
-    pub follow: bool,
+    halt: HaltPoll,
+    /// Whether to look for the next fault for a moment before sleeping.
+    awake: Awake,
 }
 
 /// Faults that one handler has in its hands.
 const HANDS: usize = 2 * uhmm_sys::uffd::event::CAPACITY;
 /// Batches with several faulters before the pinned handlers are called.
 const CROWD: u32 = 4;
-/// Faults of unknown threads for each time that one is asked for.
-const ASK: u32 = 64;
 const IDLE: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_millis(10);
 
@@ -80,21 +85,22 @@ struct Held {
 }
 
 /// The time since some fixed moment.
-fn now() -> Duration {
+pub(super) fn now() -> Duration {
     let time = clock_gettime(ClockId::Monotonic);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 impl Crew {
     /// A crew of handlers that are yet to start.
-    pub const fn new(threads: &'static ThreadCpu, follow: bool) -> Self {
-        Self { threads, crowd: AtomicU32::new(0), follow }
+    pub const fn new(threads: &'static ThreadCpu) -> Self {
+        Self { threads, crowd: AtomicU32::new(0), halt: HaltPoll::new(), awake: Awake::new() }
     }
 
     /// Lets pinned handlers that sleep notice that the space is closing.
     pub fn wake_all(&self) {
         self.crowd.store(1, Ordering::Release);
         futex::wake(&self.crowd, u32::MAX);
+        self.halt.wake();
     }
 
     fn call(&self) {
@@ -106,21 +112,20 @@ impl Crew {
 
 /// Serves `managed` until it is closed.
 pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scratch: &mut Scratch) {
+    if role == Role::KeepAwake {
+        return keep_awake(managed, &crew.halt);
+    }
     let mut handler = Handler {
         managed,
         crew,
         hooks,
         held: [const { None }; HANDS],
         events: EventBuffer::new(),
-        cpu: None,
         crowded: 0,
         last_thread: 0,
-        unknown: 0,
     };
-    if let Role::Pinned(cpu) = role
-        && placement::set_affinity(cpu).is_ok()
-    {
-        handler.cpu = Some(cpu);
+    if let Role::Pinned(cpu) = role {
+        let _ = placement::set_affinity(cpu);
     }
     while !managed.mm().is_closed() {
         // Not with faults in hand: nobody else knows of them.
@@ -131,9 +136,9 @@ pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scra
             let _ = futex::wait(&crew.crowd, 0, Some(IDLE));
             continue;
         }
-        let idle = if role == Role::Follower { IDLE } else { QUIET };
+        let idle = if role == Role::First { IDLE } else { QUIET };
         if handler.is_idle() && !handler.wait(idle) {
-            if role != Role::Follower {
+            if role != Role::First {
                 crew.crowd.store(0, Ordering::Release);
             }
             continue;
@@ -141,8 +146,8 @@ pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scra
         handler.read();
         handler.resolve_all(scratch);
         managed.kick_if_low();
-        if role == Role::Follower && crew.follow {
-            handler.follow();
+        if role == Role::First {
+            handler.note();
         }
     }
 }
@@ -153,10 +158,8 @@ struct Handler<'a> {
     hooks: &'a dyn Hooks,
     held: [Option<Held>; HANDS],
     events: EventBuffer,
-    cpu: Option<u32>,
     crowded: u32,
     last_thread: u32,
-    unknown: u32,
 }
 
 impl Handler<'_> {
@@ -169,6 +172,12 @@ impl Handler<'_> {
         let uffd = self.managed.mm().host().program();
         let most = Timespec { tv_sec: most.as_secs() as i64, tv_nsec: i64::from(most.subsec_nanos()) };
         let mut fds = [PollFd::new(uffd, PollFlags::IN)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if self.crew.awake.begin()
+            && self.crew.awake.wait(|| poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0))
+        {
+            return true;
+        }
         poll(&mut fds, Some(&most)).is_ok_and(|ready| ready > 0)
     }
 
@@ -248,21 +257,9 @@ impl Handler<'_> {
         }
     }
 
-    /// Where a thread runs that is in no table: that costs some microseconds, so that it is asked for one fault
-    /// in many.
-    fn ask_where(&mut self, thread: NonZeroU32) -> Option<u32> {
-        self.unknown = self.unknown.wrapping_add(1);
-        (self.unknown % ASK == 1).then(|| placement::cpu_of_slow(thread.get()))?
-    }
-
-    /// Moves to where the last faulter runs.
-    fn follow(&mut self) {
-        let Some(thread) = NonZeroU32::new(self.last_thread) else { return };
-        let Some(cpu) = self.crew.threads.cpu_of(thread.get()).or_else(|| self.ask_where(thread)) else {
-            return;
-        };
-        if self.cpu != Some(cpu) && placement::set_affinity(cpu).is_ok() {
-            self.cpu = Some(cpu);
-        }
+    /// Tells where the last faulter runs.
+    fn note(&self) {
+        let thread = NonZeroU32::new(self.last_thread);
+        self.crew.halt.note(thread.and_then(|thread| self.crew.threads.cpu_of(thread.get())), now());
     }
 }
