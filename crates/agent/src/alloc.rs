@@ -2,6 +2,8 @@
 //!
 //! Why    the C library's heap is managed memory: a handler thread that allocated from it could wait for
 //!        itself.
+//! Large  blocks are fresh pages, which are zero already and cost nothing before they are touched; they are not used
+//!        again. The agent has a few, its tables, as long as the process lives.
 //! Fork   the child starts with a heap of its own ([`Heap::renew`]): the parent's may have been locked, or
 //!        half changed, by a thread that the child does not have. What lies in the old one stays readable.
 //! Fails  as any allocator, with null, when a gigabyte is used up.
@@ -17,6 +19,12 @@ use uhmm_sys::futex::Lock;
 use uhmm_sys::mapping::Mapping;
 
 const HEAP: ByteSize = ByteSize::gib(1);
+/// Blocks of so many bytes are large.
+const LARGE: usize = 256 << 10;
+
+const fn is_large(layout: Layout) -> bool {
+    layout.size() >= LARGE && layout.align() <= PAGE_SIZE
+}
 
 /// Where the heap gets its pages from: a mapping, front to back.
 struct Pages {
@@ -105,21 +113,45 @@ impl Heap {
 // SAFETY: dlmalloc under a lock; sizes and alignments are passed through as they are.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let mut heap = self.inner().lock();
+        if is_large(layout) {
+            // The heap's lock guards the pages as well.
+            return (&PAGES).alloc(layout.size()).0;
+        }
         // SAFETY: the layout's size is not zero, by this function's contract.
-        unsafe { self.inner().lock().malloc(layout.size(), layout.align()) }
+        unsafe { heap.malloc(layout.size(), layout.align()) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if is_large(layout) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.alloc(layout) };
+        }
         // SAFETY: as above.
         unsafe { self.inner().lock().calloc(layout.size(), layout.align()) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        if is_large(layout) {
+            return;
+        }
         // SAFETY: the block came from here with this layout, by this function's contract.
         unsafe { self.inner().lock().free(at, layout.size(), layout.align()) }
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        let Ok(larger) = Layout::from_size_align(size, layout.align()) else { return ptr::null_mut() };
+        if is_large(layout) || is_large(larger) {
+            // SAFETY: the caller's promise; the two blocks do not overlap, and both have as many bytes as are copied.
+            return unsafe {
+                let to = self.alloc(larger);
+                if !to.is_null() {
+                    ptr::copy_nonoverlapping(at, to, layout.size().min(size));
+                    self.dealloc(at, layout);
+                }
+                to
+            };
+        }
         // SAFETY: as above.
         unsafe { self.inner().lock().realloc(at, layout.size(), layout.align(), size) }
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use uhmm::engine::threads::{Crew, Role, serve};
+use uhmm::engine::threads::{self, Crew, Role, serve};
 use uhmm::managed::{BuildError, Managed, Plan, Reports};
 use uhmm::tree::client::{self, ClientError, Joined};
 use uhmm::tree::protocol::{self, Welcome};
@@ -163,7 +163,7 @@ extern "C" fn pinned(cpu: *mut u8) {
 
 extern "C" fn keep_awake(_: *mut u8) {
     if let Some(agent) = Agent::get() {
-        handle(agent, Role::KeepAwake);
+        threads::keep_awake(&agent.managed, &agent.crew);
     }
 }
 

@@ -417,26 +417,30 @@ impl Inner {
     fn start_handlers(&mut self) -> io::Result<()> {
         let crew = Arc::new(Crew::new(&THREADS));
         let cpus = placement::allowed_cpus()?;
-        let mut helpers = Vec::new();
-        if cpus.count() > 1 {
-            helpers.extend(cpus.iter().map(Role::Pinned));
-            helpers.push(Role::KeepAwake);
-        }
+        let pinned: Vec<Role> =
+            if cpus.count() > 1 { cpus.iter().map(Role::Pinned).collect() } else { Vec::new() };
         // A thread that forks holds the allocator's locks until a handler has read its event, and a thread
         // allocates while it starts: no range is watched before every handler is there.
-        let ready = Arc::new(Barrier::new(helpers.len() + 2));
-        for role in std::iter::once(Role::First).chain(helpers) {
+        let ready = Arc::new(Barrier::new(pinned.len() + 3));
+        let mut start = |work: Box<dyn FnOnce(&Managed, &Crew) + Send>| -> io::Result<()> {
             let (managed, crew, ready) = (self.managed.clone(), crew.clone(), ready.clone());
-            let (mut scratch, buffer) = Managed::scratch()?;
             let thread = std::thread::Builder::new().name("uhmm-handler".into()).spawn(move || {
                 // The program's signal handlers may touch managed memory; not on this thread.
                 let _blocked = Blocked::all();
                 ready.wait();
-                threads::serve(&managed, &crew, &SpaceHooks, role, &mut scratch);
-                drop(buffer);
+                work(&managed, &crew);
             })?;
             self.threads.push(thread);
+            Ok(())
+        };
+        for role in std::iter::once(Role::First).chain(pinned) {
+            let (mut scratch, buffer) = Managed::scratch()?;
+            start(Box::new(move |managed, crew| {
+                threads::serve(managed, crew, &SpaceHooks, role, &mut scratch);
+                drop(buffer);
+            }))?;
         }
+        start(Box::new(threads::keep_awake))?;
         ready.wait();
         self.crew = Some(crew);
         Ok(())

@@ -29,7 +29,8 @@ impl Slot {
 }
 
 /// What is known about a slot while somebody owns it. All zero is a free slot.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 struct Descriptor {
     /// 0 in the pool, 1 owned.
     count: AtomicU32,
@@ -37,6 +38,20 @@ struct Descriptor {
     page: AtomicU64,
     /// 1 + the pfn of a device page with the same contents; 0 for none.
     copy: AtomicU64,
+}
+
+/// So many descriptors of free slots, in memory that is not touched before they are.
+fn free_descriptors(count: usize) -> Box<[Descriptor]> {
+    #[cfg(not(loom))]
+    {
+        let zeroed: Box<[core::mem::MaybeUninit<Descriptor>]> = Box::new_zeroed_slice(count);
+        // SAFETY: all bytes are zero, which is a descriptor: three atomic integers.
+        unsafe { zeroed.assume_init() }
+    }
+    #[cfg(loom)]
+    {
+        (0..count).map(|_| Descriptor::default()).collect()
+    }
 }
 
 struct Pool {
@@ -81,7 +96,7 @@ impl Arena {
         Self {
             base: range.start(),
             unit,
-            descriptors: (0..slots << unit.order()).map(|_| Descriptor::default()).collect(),
+            descriptors: free_descriptors(slots << unit.order()),
             pool: UnsafeCell::new(pool),
             gate: Gate::new(),
         }

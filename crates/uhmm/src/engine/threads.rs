@@ -29,7 +29,7 @@ use uhmm_sys::host::LinuxHost;
 use uhmm_sys::placement::{self, ThreadCpu};
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
 
-use super::haltpoll::{HaltPoll, keep_awake};
+use super::haltpoll::{self, HaltPoll};
 use crate::managed::Managed;
 
 /// What the owner of the handlers has to say about some things.
@@ -55,8 +55,6 @@ pub enum Role {
     First,
     /// Helps on this processor while several threads fault.
     Pinned(u32),
-    /// Serves no fault, but keeps the processor of who waits for one awake: see [`haltpoll`](super::haltpoll).
-    KeepAwake,
 }
 
 /// What the handlers of one address space share.
@@ -110,11 +108,14 @@ impl Crew {
     }
 }
 
+/// Keeps the processor of who waits for a fault awake, until `managed` is closed. For a thread that does nothing
+/// else: it loses its priority for good. See [`haltpoll`](super::haltpoll).
+pub fn keep_awake(managed: &Managed, crew: &Crew) {
+    haltpoll::keep_awake(managed, &crew.halt);
+}
+
 /// Serves `managed` until it is closed.
 pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scratch: &mut Scratch) {
-    if role == Role::KeepAwake {
-        return keep_awake(managed, &crew.halt);
-    }
     let mut handler = Handler {
         managed,
         crew,
