@@ -413,6 +413,9 @@ impl Managed {
     }
 }
 
+/// What a thread of a space does.
+type Work = Box<dyn FnOnce(&Managed, &Crew) + Send>;
+
 impl Inner {
     fn start_handlers(&mut self) -> io::Result<()> {
         let crew = Arc::new(Crew::new(&THREADS));
@@ -422,7 +425,7 @@ impl Inner {
         // A thread that forks holds the allocator's locks until a handler has read its event, and a thread
         // allocates while it starts: no range is watched before every handler is there.
         let ready = Arc::new(Barrier::new(pinned.len() + 3));
-        let mut start = |work: Box<dyn FnOnce(&Managed, &Crew) + Send>| -> io::Result<()> {
+        let mut start = |work: Work| -> io::Result<()> {
             let (managed, crew, ready) = (self.managed.clone(), crew.clone(), ready.clone());
             let thread = std::thread::Builder::new().name("uhmm-handler".into()).spawn(move || {
                 // The program's signal handlers may touch managed memory; not on this thread.
