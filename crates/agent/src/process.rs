@@ -124,5 +124,7 @@ impl Hooks for Agent {
         self.block.waiting_ns.fetch_add(ns, Ordering::Relaxed);
     }
 
-    fn poisoned(&self, _page: Vpn) {}
+    fn poisoned(&self, page: Vpn) {
+        self.block.note_lost(page.base().get() as u64);
+    }
 }

@@ -262,3 +262,44 @@ fn help_and_version_and_doctor_speak_to_people() {
     assert!(doctor.status.success() && text.contains("userfaultfd"));
     assert!(text.lines().last().unwrap().starts_with("uhmm run works for this user: "), "{text}");
 }
+
+#[test]
+fn a_device_cut_short_under_way_ends_the_program_and_names_the_page() {
+    if !able() {
+        return;
+    }
+    let place = Place::new("cut");
+    let (file, full) = (place.path("device"), place.path("full"));
+    let text = "import os, sys\n\
+                b = bytearray(96 << 20)\n\
+                for i in range(0, len(b), 4096): b[i] = 1\n\
+                open(sys.argv[1], 'w').close()\n\
+                sys.stdin.read(1)\n\
+                print(sum(b[i] for i in range(0, len(b), 4096)))\n";
+    let device = format!("file:{file}?size=256MiB");
+    let mut child = uhmm(&["run", "--ram", "32MiB", "--device", &device, "--", "python3", "-c", text, &full])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while fs::metadata(&full).is_err() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the program does not get anywhere");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(0).unwrap();
+    // It reads to the end, and goes on.
+    drop(child.stdin.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        output.status.signal().or(output.status.code()),
+        Some(7),
+        "{}: {}",
+        output.status,
+        said(&output)
+    );
+    let said = said(&output);
+    assert!(said.contains("lost by the device; the first page lost is 0x"), "{said}");
+    assert_eq!(output.stdout, b"", "no sum of bytes that are gone");
+}

@@ -116,6 +116,21 @@ fn migrate_mixed() {
 }
 
 #[test]
+fn a_batch_across_mappings_moves_as_far_as_frames_can() {
+    let bed = Bed::new(Setup::default());
+    bed.fill(0, 40);
+    bed.host().set_read_only(pages_at(13, 20), false);
+    assert_eq!(bed.migrate(0, 40).moved.get(), 40);
+    assert_eq!(bed.host().copied_out().get(), 0, "three mappings, all of which may be written");
+    bed.check(0, 40);
+    bed.host().set_read_only(pages_at(13, 20), true);
+    assert_eq!(bed.migrate(0, 40).moved.get(), 40);
+    assert_eq!(bed.host().copied_out().get(), 27, "from the read-only mapping on");
+    bed.check(0, 40);
+    bed.check_nothing_leaked();
+}
+
+#[test]
 fn a_pinned_page_stays_pinned_when_it_comes_home() {
     both_ways(|setup| {
         let bed = Bed::new(setup);

@@ -49,12 +49,25 @@ struct Stats<'a> {
     fault_p99_us: Option<f64>,
     waiting_seconds: f64,
     poisoned_pages: u64,
+    first_poisoned: Option<Lost>,
     over_budget: u64,
     device_full: u64,
     out_of_memory: u64,
     failed_processes: u64,
     skipped: BTreeMap<&'static str, u64>,
     processes: u64,
+}
+
+/// A page that the device lost.
+#[derive(Serialize)]
+struct Lost {
+    process: u64,
+    address: String,
+}
+
+fn first_lost(totals: &Totals) -> Option<Lost> {
+    let address = format!("{:#x}", totals.first_lost);
+    (totals.lost_by != 0).then_some(Lost { process: totals.lost_by, address })
 }
 
 fn micros(time: Duration) -> f64 {
@@ -86,6 +99,7 @@ pub(crate) fn json(ran: &Ran<'_>, totals: &Totals) -> Result<String, serde_json:
         fault_p99_us: totals.latency.quantile(0.99).map(micros),
         waiting_seconds: totals.waiting_ns as f64 / 1e9,
         poisoned_pages: totals.get(Counter::Poisoned),
+        first_poisoned: first_lost(totals),
         over_budget: totals.over_budget,
         device_full: totals.device_full,
         out_of_memory: totals.out_of_memory,
@@ -120,6 +134,9 @@ pub(crate) fn line(ram: ByteSize, totals: &Totals) -> String {
         if count > 0 {
             text += &format!("; {count} {what}");
         }
+    }
+    if let Some(Lost { process, address }) = first_lost(totals) {
+        text += &format!("; the first page lost is {address} of process {process}");
     }
     let told: Vec<String> = totals
         .skipped()
@@ -160,7 +177,11 @@ mod tests {
              (p50 10 us, p99 115 us), waited 2.1 s"
         );
         let block = ProcessBlock::default();
+        block.pid.store(77, Ordering::Relaxed);
         block.over_budget.store(3, Ordering::Relaxed);
+        block.stats.add(Counter::Poisoned, 2);
+        block.note_lost(0x7f00_1000);
+        block.note_lost(0x7f00_2000);
         let mut skipped = Skipped::default();
         skipped.add(Skip::Busy, 7);
         skipped.add(Skip::Hole, 9);
@@ -170,7 +191,7 @@ mod tests {
         assert_eq!(
             line(ByteSize::mib(4), &totals),
             "uhmm: peak 0 B of 4 MiB resident, 0 B out, 0 B back, 0 faults, waited 0.0 s; 3 times over the \
-             budget; pages that could not move: busy 7"
+             budget; 2 pages lost by the device; the first page lost is 0x7f001000 of process 77; pages that could not move: busy 7"
         );
     }
 

@@ -43,9 +43,11 @@ impl<'m, H: Host> Collected<'m, H> {
         let mut isolated = Isolated { mm, runs: core::mem::take(&mut self.runs) };
         let mut rest = self.run.take().map(|run| (self.range, run));
         let mut busy = 0;
+        let mut at_once = self.range.pages();
         while let Some((range, run)) = rest.take() {
+            let part = range.take(at_once);
             // SAFETY: the words of the range are claimed, the slots are the run's.
-            let progress = unsafe { mm.host.isolate(range, run.address()) };
+            let progress = unsafe { mm.host.isolate(part, run.address()) };
             let (moved, left) = run.split(progress.done);
             if let Some(run) = moved {
                 busy = 0;
@@ -53,6 +55,16 @@ impl<'m, H: Host> Collected<'m, H> {
             }
             let (Some(range), Some(run)) = (range.skip(progress.done), left) else { break };
             match progress.stop {
+                Stop::Complete => {
+                    rest = Some((range, run));
+                    continue;
+                }
+                // The kernel refuses as a whole what several mappings hold: find where the first one ends.
+                Stop::Refused if part.pages() > PageCount::ONE && mm.host.can_move() => {
+                    at_once = PageCount::new(part.pages().minus(progress.done).get().div_ceil(2));
+                    rest = Some((range, run));
+                    continue;
+                }
                 Stop::Refused => {
                     let protected = mm.host.write_protect(range, true);
                     drop(self.layout.take());

@@ -91,6 +91,11 @@ impl SimHost {
         self.lock().plan.calls
     }
 
+    /// Pages that were copied into the arena so far, because their frames could not move there.
+    pub fn copied_out(&self) -> PageCount {
+        PageCount::new(self.lock().copied_out)
+    }
+
     /// Frames cannot change places from now on: the kernel is an old one.
     pub fn forbid_move(&self) {
         self.lock().plan.no_move = true;
@@ -241,10 +246,18 @@ impl Park for SimHost {
 }
 
 impl Host for SimHost {
+    fn can_move(&self) -> bool {
+        !self.lock().plan.no_move
+    }
+
     unsafe fn isolate(&self, range: VaRange, slot: VirtAddr) -> Progress {
         let mut state = self.lock();
         if let Err(progress) = state.enter(true) {
             return progress;
+        }
+        if state.area(range.first()).is_some_and(|area| range.end() > area.range.end()) {
+            // As in the kernel, which looks at both ends before it moves anything.
+            return Progress::stopped(PageCount::ZERO, Stop::Refused);
         }
         let first = self.arena.index(slot);
         let huge = is_chunk(range) && slot.is_aligned_to(CHUNK_PAGES * PAGE_SIZE);
@@ -329,6 +342,7 @@ impl Host for SimHost {
             }
             let source = state.pages.entry(page).or_insert_with(|| Page::of(page_of(0)));
             self.arena.write(first + n, &source.bytes);
+            state.copied_out += 1;
             state.framed.insert(first + n);
             Ok(())
         });

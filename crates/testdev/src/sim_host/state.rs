@@ -71,6 +71,8 @@ pub(super) struct State {
     pub(super) huge_frames: BTreeSet<usize>,
     pub(super) events: VecDeque<Event>,
     pub(super) plan: Plan,
+    /// Pages that were copied into the arena.
+    pub(super) copied_out: usize,
 }
 
 impl State {

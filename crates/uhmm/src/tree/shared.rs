@@ -31,7 +31,7 @@ pub struct ProcessBlock {
     pub pid: AtomicU64,
     /// The most that was in RAM at a time.
     pub peak_resident_bytes: AtomicU64,
-    /// How long threads waited because the budget was used up.
+    /// How long threads waited for the answers to their faults, one after another and side by side.
     pub waiting_ns: AtomicU64,
     /// How often more than the budget was in RAM.
     pub over_budget: AtomicU64,
@@ -39,7 +39,9 @@ pub struct ProcessBlock {
     pub out_of_memory: AtomicU64,
     /// How often the device had no room for a page.
     pub device_full: AtomicU64,
-    _reserved: [AtomicU64; 2],
+    /// The address of the first page that was lost; 0 if none was.
+    pub first_lost: AtomicU64,
+    _reserved: AtomicU64,
     /// The counters of its address space.
     pub stats: Stats,
     /// How long its faults took.
@@ -67,6 +69,11 @@ impl ProcessBlock {
     /// Notes that so much is in RAM now.
     pub fn note_resident(&self, now: ByteSize) {
         self.peak_resident_bytes.fetch_max(now.bytes(), Ordering::Relaxed);
+    }
+
+    /// Notes that the page at `address` is lost.
+    pub fn note_lost(&self, address: u64) {
+        let _ = self.first_lost.compare_exchange(0, address, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Makes the block free again, with nothing counted.
@@ -186,7 +193,7 @@ pub struct Totals {
     pub processes: u64,
     /// The most that any one of them had in RAM at a time.
     pub peak_resident_bytes: u64,
-    /// How long threads waited because the budget was used up.
+    /// How long threads waited for the answers to their faults, all added up.
     pub waiting_ns: u64,
     /// How often more than the budget was in RAM.
     pub over_budget: u64,
@@ -198,6 +205,10 @@ pub struct Totals {
     pub failed: u64,
     /// Pages of the device in use.
     pub device_pages: u64,
+    /// The process that lost a page first, as far as is known; 0 if none was lost.
+    pub lost_by: u64,
+    /// The address of that page.
+    pub first_lost: u64,
     /// By [`Counter`].
     counters: [u64; Counter::ALL.len()],
     /// By [`Skip`].
@@ -206,7 +217,7 @@ pub struct Totals {
     pub latency: Histogram,
 }
 
-const SCALARS: usize = 8;
+const SCALARS: usize = 10;
 
 impl Totals {
     /// Words of the message.
@@ -231,6 +242,10 @@ impl Totals {
         add(&mut self.over_budget, load(&block.over_budget));
         add(&mut self.out_of_memory, load(&block.out_of_memory));
         add(&mut self.device_full, load(&block.device_full));
+        if self.lost_by == 0 && load(&block.first_lost) != 0 {
+            self.lost_by = load(&block.pid);
+            self.first_lost = load(&block.first_lost);
+        }
         for counter in Counter::ALL {
             add(&mut self.counters[counter as usize], block.stats.get(counter));
         }
@@ -251,6 +266,8 @@ impl Totals {
             self.device_full,
             self.failed,
             self.device_pages,
+            self.lost_by,
+            self.first_lost,
         ];
         let all = scalars.iter().chain(&self.counters).chain(&self.skipped).chain(&self.latency.counts);
         let mut fields = [0; Self::WORDS];
@@ -278,6 +295,8 @@ impl Totals {
             device_full: next(),
             failed: next(),
             device_pages: next(),
+            lost_by: next(),
+            first_lost: next(),
             counters: core::array::from_fn(|_| next()),
             skipped: core::array::from_fn(|_| next()),
             latency: Histogram { counts: core::array::from_fn(|_| next()) },
