@@ -303,3 +303,19 @@ fn a_device_cut_short_under_way_ends_the_program_and_names_the_page() {
     assert!(said.contains("lost by the device; the first page lost is 0x"), "{said}");
     assert_eq!(output.stdout, b"", "no sum of bytes that are gone");
 }
+
+#[test]
+fn growth_that_finds_room_nowhere_ends_as_without_memory() {
+    if !able() {
+        return;
+    }
+    let text = "b = bytearray(128 << 20)\nfor i in range(0, len(b), 4096): b[i] = 1\nprint('never')\n";
+    let start = Instant::now();
+    let output =
+        output(&["run", "--ram", "24MiB", "--device", "mem:16MiB", "--", "/usr/bin/python3", "-c", text]);
+    assert_eq!(output.status.signal(), Some(9), "{}: {}", output.status, said(&output));
+    assert!(said(&output).contains("out of memory because the device was full"), "{}", said(&output));
+    assert_eq!(output.stdout, b"");
+    let took = start.elapsed();
+    assert!(took > Duration::from_secs(3) && took < Duration::from_secs(60), "{took:?}");
+}

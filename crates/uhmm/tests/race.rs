@@ -144,9 +144,13 @@ fn many_threads_fault(setup: Setup) {
     let mut buffer = space.map::<u64>(PAGES * WORDS).unwrap();
     fill(&mut buffer, 2);
     for round in 0..8 {
-        settle(&space, buffer.range());
-        let _ = space.migrate(buffer.range()).unwrap();
-        expect_places(&space, buffer.range(), 0, PAGES);
+        // A handler may hold messages of threads that another one has answered; what it makes of them, late, is to
+        // bring a page home that nobody asks for any more.
+        eventually(|| {
+            settle(&space, buffer.range());
+            let _ = space.migrate(buffer.range()).unwrap();
+            space.residency(buffer.range()).device.get() == PAGES
+        });
         let before = space.count(Counter::MovedIn);
         thread::scope(|scope| {
             for thread in 0..12 {
@@ -161,9 +165,9 @@ fn many_threads_fault(setup: Setup) {
                 });
             }
         });
-        eventually(|| space.count(Counter::MovedIn) - before >= PAGES as u64);
-        settle(&space, buffer.range());
-        assert_eq!(space.count(Counter::MovedIn) - before, PAGES as u64);
+        expect_places(&space, buffer.range(), PAGES, 0);
+        let came = space.count(Counter::MovedIn) - before;
+        assert!(came <= PAGES as u64, "{came} fetches of {PAGES} pages");
     }
 }
 
