@@ -12,7 +12,7 @@ use uhmm::managed::Managed;
 use uhmm::tree::client;
 use uhmm::tree::protocol::Farewell;
 use uhmm::tree::shared::ProcessBlock;
-use uhmm_addr::{PageCount, Vpn};
+use uhmm_addr::PageCount;
 use uhmm_core::pagemap::Pagemap;
 use uhmm_core::sync::WriteGuard;
 use uhmm_sys::futex::Lock;
@@ -122,9 +122,5 @@ impl Hooks for Agent {
         let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.block.latency.record(ns);
         self.block.waiting_ns.fetch_add(ns, Ordering::Relaxed);
-    }
-
-    fn poisoned(&self, page: Vpn) {
-        self.block.note_lost(page.base().get() as u64);
     }
 }

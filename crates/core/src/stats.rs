@@ -2,6 +2,8 @@
 
 use core::fmt;
 
+use uhmm_addr::{VirtAddr, Vpn};
+
 use crate::sync::{AtomicU64, Ordering};
 
 /// Why a page was not moved.
@@ -172,6 +174,8 @@ impl Counter {
 pub struct Stats {
     counters: [AtomicU64; Counter::ALL.len()],
     skipped: [AtomicU64; Skip::ALL.len()],
+    /// The address of the first page that was lost; 0 if none was.
+    first_lost: AtomicU64,
 }
 
 impl Stats {
@@ -183,6 +187,28 @@ impl Stats {
     /// The count so far.
     pub fn get(&self, counter: Counter) -> u64 {
         self.counters[counter as usize].load(Ordering::Relaxed)
+    }
+
+    /// Counts a page that is lost. To be called before the program can learn of it: it may end by that.
+    pub fn lose(&self, page: Vpn) {
+        let address = page.base().get() as u64;
+        let _ = self.first_lost.compare_exchange(0, address, Ordering::Relaxed, Ordering::Relaxed);
+        self.counters[Counter::Poisoned as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes one [`Stats::lose`] back: the page was there after all.
+    pub fn find_again(&self, page: Vpn) {
+        self.counters[Counter::Poisoned as usize].fetch_sub(1, Ordering::Relaxed);
+        let address = page.base().get() as u64;
+        let _ = self.first_lost.compare_exchange(address, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// The address of the first page that was lost, if one was.
+    pub fn first_lost(&self) -> Option<VirtAddr> {
+        match self.first_lost.load(Ordering::Relaxed) {
+            0 => None,
+            address => Some(VirtAddr::new(address as usize)),
+        }
     }
 
     /// Counts skipped pages.

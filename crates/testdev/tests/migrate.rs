@@ -314,6 +314,7 @@ fn a_failed_read_poisons_only_the_page_that_was_touched() {
         assert_eq!(bed.program.load(page_at(6)), Err(Killed::Bus), "lost is lost");
         assert_eq!(bed.word(6).state(), State::Poisoned);
         assert_eq!(bed.mm.stats().get(Counter::Poisoned), 1);
+        assert_eq!(bed.mm.stats().first_lost(), Some(page_at(6).base()));
         bed.check(0, 6);
         bed.check(7, 9);
         // What the program gives up is no longer lost.

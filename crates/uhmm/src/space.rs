@@ -633,8 +633,6 @@ impl Hooks for SpaceHooks {
     }
 
     fn resolved(&self, _took: Duration) {}
-
-    fn poisoned(&self, _page: Vpn) {}
 }
 
 impl Space {

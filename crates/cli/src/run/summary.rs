@@ -154,6 +154,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::Ordering;
     use uhmm::tree::shared::ProcessBlock;
+    use uhmm_addr::VirtAddr;
     use uhmm_core::stats::Skipped;
 
     fn totals() -> Totals {
@@ -179,9 +180,9 @@ mod tests {
         let block = ProcessBlock::default();
         block.pid.store(77, Ordering::Relaxed);
         block.over_budget.store(3, Ordering::Relaxed);
-        block.stats.add(Counter::Poisoned, 2);
-        block.note_lost(0x7f00_1000);
-        block.note_lost(0x7f00_2000);
+        for address in [0x7f00_1000, 0x7f00_2000] {
+            block.stats.lose(VirtAddr::new(address).page());
+        }
         let mut skipped = Skipped::default();
         skipped.add(Skip::Busy, 7);
         skipped.add(Skip::Hole, 9);

@@ -13,7 +13,6 @@ use crate::frame::{Framed, Run};
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
 use crate::pagetable::{PageWord, State};
-use crate::stats::Counter;
 
 /// The most runs of frames that one window is put together from.
 pub(super) const RUNS: usize = 8;
@@ -196,14 +195,18 @@ impl<H: Host> Mm<H> {
     /// The contents of a claimed page are lost.
     fn lose(&self, page: Vpn, pfn: Pfn, why: TransferError) -> Step {
         let entry = self.table.entry(page);
+        // First, as the program may end by any of the next steps.
+        self.stats.lose(page);
         if entry.load().is_tracked() {
             // The fault may have been an old one, and the page be there: only its copy is lost then.
             match self.host.poison(VaRange::page(page)).stop {
                 Stop::Pending => {
+                    self.stats.find_again(page);
                     self.leave_on_device(page, pfn);
                     return Step::Done(Resolution::Pending);
                 }
                 Stop::Present => {
+                    self.stats.find_again(page);
                     let _ = entry.leave(PageWord::RESIDENT);
                     self.pagemaps.of(pfn).put(pfn);
                     self.wake(VaRange::page(page));
@@ -215,10 +218,10 @@ impl<H: Host> Mm<H> {
         let left = entry.leave(PageWord::POISONED);
         self.pagemaps.of(pfn).put(pfn);
         if left.discarded {
+            self.stats.find_again(page);
             self.after_leave(page, true);
             return Step::Again;
         }
-        self.stats.add(Counter::Poisoned, 1);
         self.poison(page, Some(why))
     }
 }

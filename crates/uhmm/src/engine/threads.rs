@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
-use uhmm_addr::{VaRange, Vpn};
+use uhmm_addr::VaRange;
 use uhmm_core::fault::{Fault, Resolution, Scratch};
 use uhmm_core::sync::WriteGuard;
 use uhmm_sys::awake::Awake;
@@ -43,9 +43,6 @@ pub trait Hooks: Sync {
 
     /// A fault was resolved in this time.
     fn resolved(&self, took: Duration);
-
-    /// A page is lost.
-    fn poisoned(&self, page: Vpn);
 }
 
 /// What a handler is for.
@@ -243,11 +240,7 @@ impl Handler<'_> {
                     self.last_thread = held.thread;
                     *slot = None;
                 }
-                Resolution::Poisoned(_) => {
-                    self.hooks.poisoned(held.fault.addr.page());
-                    *slot = None;
-                }
-                Resolution::Unmanaged => *slot = None,
+                Resolution::Poisoned(_) | Resolution::Unmanaged => *slot = None,
             }
         }
         if let Some(since) = starved {

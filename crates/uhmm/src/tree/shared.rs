@@ -39,9 +39,7 @@ pub struct ProcessBlock {
     pub out_of_memory: AtomicU64,
     /// How often the device had no room for a page.
     pub device_full: AtomicU64,
-    /// The address of the first page that was lost; 0 if none was.
-    pub first_lost: AtomicU64,
-    _reserved: AtomicU64,
+    _reserved: [AtomicU64; 2],
     /// The counters of its address space.
     pub stats: Stats,
     /// How long its faults took.
@@ -69,11 +67,6 @@ impl ProcessBlock {
     /// Notes that so much is in RAM now.
     pub fn note_resident(&self, now: ByteSize) {
         self.peak_resident_bytes.fetch_max(now.bytes(), Ordering::Relaxed);
-    }
-
-    /// Notes that the page at `address` is lost.
-    pub fn note_lost(&self, address: u64) {
-        let _ = self.first_lost.compare_exchange(0, address, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Makes the block free again, with nothing counted.
@@ -242,9 +235,9 @@ impl Totals {
         add(&mut self.over_budget, load(&block.over_budget));
         add(&mut self.out_of_memory, load(&block.out_of_memory));
         add(&mut self.device_full, load(&block.device_full));
-        if self.lost_by == 0 && load(&block.first_lost) != 0 {
+        if let (0, Some(address)) = (self.lost_by, block.stats.first_lost()) {
             self.lost_by = load(&block.pid);
-            self.first_lost = load(&block.first_lost);
+            self.first_lost = address.get() as u64;
         }
         for counter in Counter::ALL {
             add(&mut self.counters[counter as usize], block.stats.get(counter));
