@@ -8,7 +8,7 @@
 //!         that wakes up away from a processor on which its waker is just running, to one that must be woken first.
 //!         The *first* handler therefore stays off the faulter's processor, looks for the next fault for a moment
 //!         before it sleeps, and has the faulter's processor kept out of its halt
-//!         ([`haltpoll`](super::haltpoll)). When several threads fault at once, *pinned* handlers, one a
+//!         (`haltpoll`). When several threads fault at once, *pinned* handlers, one a
 //!         processor, join in until it is quiet again.
 //! Rule    R7: no allocation, no standard locks, no thread-local storage (the agent's threads have none), no
 //!         managed memory.
@@ -106,7 +106,7 @@ impl Crew {
 }
 
 /// Keeps the processor of who waits for a fault awake, until `managed` is closed. For a thread that does nothing
-/// else: it loses its priority for good. See [`haltpoll`](super::haltpoll).
+/// else: it loses its priority for good. See the module `haltpoll`.
 pub fn keep_awake(managed: &Managed, crew: &Crew) {
     haltpoll::keep_awake(managed, &crew.halt);
 }
