@@ -1,0 +1,184 @@
+//! Events: what the program's own munmap, mremap, madvise and fork mean for the page words.
+//!
+//! What    a method for each event, and the fallback's own discards, which raise the same event as the program's
+//!         and must be told apart from it.
+//! Why     a word that nobody takes back speaks for whatever is mapped at its address next.
+//! Owns    what a word gave up is freed. The words of a child hold references of their own.
+//! Locks   the layout lock for writing, while events are applied. A claim cannot be waited for under it: it is
+//!         flagged, and gives up. `fallback` is taken without the layout lock, which a discard of ours then takes
+//!         once, to see its event applied.
+//! Fails   a discard of ours can be refused, as any call of the host. Nothing else fails.
+
+use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+
+use super::Mm;
+use crate::host::Host;
+use crate::pagetable::{Discard, Kind, PageWord, State};
+use crate::sync::{Ordering, WriteGuard};
+
+impl<H: Host> Mm<H> {
+    /// The program gives up the contents of `range`, and the kernel takes the pages away a moment later
+    /// (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`): the pages come back as zeros and may not be moved out
+    /// until they were filled again.
+    pub fn removed(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
+        let first = self.own_discard[0].load(Ordering::Acquire);
+        let pages = self.own_discard[1].load(Ordering::Acquire);
+        if first == range.first().get() && range.pages().get() <= pages {
+            // Our own, or the part of it that lies in one mapping: the next part begins where this one ends. A
+            // second one of the same range is the program's.
+            self.own_discard[0].store(range.end_page().get(), Ordering::Release);
+            self.own_discard[1].store(pages - range.pages().get(), Ordering::Release);
+            return;
+        }
+        self.forget(layout, range, true);
+        // Pages without a word may be there as well, and are not to leave before the kernel has taken them.
+        let mut found = [VaRange::page(Vpn::new(0)); 16];
+        let mut rest = Some(range);
+        while let Some(part) = rest {
+            let (count, end) = self.host.present(part, &mut found);
+            for page in found[..count].iter().flat_map(|range| range.iter()) {
+                if let Some(entry) = self.table.get(page) {
+                    entry.annotate(PageWord::with_discarded);
+                }
+            }
+            rest = VaRange::of_pages(end, part.end_page().since(end));
+        }
+    }
+
+    /// The mapping of `range` is gone.
+    pub fn unmapped(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
+        self.note_change(layout, range);
+        self.forget(layout, range, false);
+    }
+
+    fn forget(&self, _layout: &WriteGuard<'_, H>, range: VaRange, hold: bool) {
+        for part in self.table.used(range) {
+            for page in part.iter() {
+                if let Discard::Took(old) = self.table.entry(page).discard(hold) {
+                    self.free(old);
+                }
+            }
+        }
+    }
+
+    /// The program knows that the kernel has taken away what [`Mm::removed`] announced for `range`: pages
+    /// that are there now are new and may be moved out.
+    pub fn removal_done(&self, range: VaRange) {
+        for part in self.table.used(range) {
+            for page in part.iter() {
+                self.table.entry(page).annotate(PageWord::without_discarded);
+            }
+        }
+    }
+
+    /// The mapping at `from` was moved to `to` (`mremap`): words, and slots' notes, go along.
+    ///
+    /// A page in flight cannot be waited for under this lock. Its claim is told to give up, and the new
+    /// address gets a word of its own: the contents of a page on its way in are still on the device; one on
+    /// its way out is at the new address, unless the fallback has taken it away, and then its slot is
+    /// complete.
+    pub fn remapped(&self, layout: &WriteGuard<'_, H>, from: VaRange, to: VirtAddr) {
+        self.note_change(layout, from);
+        for part in self.table.used(from) {
+            for page in part.iter() {
+                let target = to.page().forward(page.since(from.first()));
+                let entry = self.table.entry(page);
+                let old = entry.load();
+                if old == PageWord::EMPTY {
+                    continue;
+                }
+                let word = match entry.discard(false) {
+                    Discard::Took(word) => word,
+                    Discard::Flagged => match (old.pfn(), old.slot()) {
+                        (Some(pfn), _) => {
+                            self.pagemaps.of(pfn).get(pfn);
+                            if old.is_tracked() { PageWord::tracked(pfn) } else { PageWord::device(pfn) }
+                        }
+                        (None, Some(_)) if self.is_present(target) => PageWord::RESIDENT,
+                        // Whoever has the claim has the slot, and finds this word by its note. The contents
+                        // cannot be put in place here: the event of the unmapping that belongs to this one is
+                        // yet to be read, by this thread.
+                        (None, Some(slot)) => PageWord::staged(slot).with_writing(true),
+                        (None, None) => PageWord::EMPTY,
+                    },
+                };
+                if let (State::Staged, Some(slot)) = (word.state(), word.slot()) {
+                    let (arena, slot) = self.arena_of(slot);
+                    arena.renote(slot, target);
+                }
+                match self.table.get(target) {
+                    Some(target) => {
+                        if let Discard::Took(stale) = target.discard(false) {
+                            self.free(stale);
+                        }
+                        target.store(word);
+                    }
+                    None => self.free(word),
+                }
+            }
+        }
+    }
+
+    // --- the fallback's own discards --------------------------------------------------------------------
+
+    /// Waits until no discard of our own is under way. Whoever unmaps memory of ours calls this between
+    /// [`Mm::unmapped`] and the unmapping, without the layout lock, so that no discard falls on what is mapped
+    /// there next.
+    pub fn pass_discards(&self) {
+        drop(self.fallback.write(&self.host));
+    }
+
+    /// Takes the pages of `range` away and tells their REMOVE event apart from the program's.
+    ///
+    /// # Safety
+    /// As [`Host::discard`].
+    pub(crate) unsafe fn discard_own(&self, range: VaRange) -> crate::host::Progress {
+        let _one = self.fallback.write(&self.host);
+        // Looked at once more under the gate, through which an unmapping of ours passes after it has set the
+        // flags: what is mapped there now may be somebody else's.
+        if range.iter().any(|page| self.table.entry(page).load().is_discarded()) {
+            return crate::host::Progress::stopped(PageCount::ZERO, crate::host::Stop::Pending);
+        }
+        self.own_discard[0].store(range.first().get(), Ordering::Release);
+        self.own_discard[1].store(range.pages().get(), Ordering::Release);
+        // SAFETY: the caller's promise.
+        let progress = unsafe { self.host.discard(range) };
+        // The discard goes on as soon as its event is *read*, which is under the layout lock held for writing:
+        // whoever gets the lock finds it applied. Until then it must be known as ours.
+        drop(self.layout.read(&self.host));
+        self.own_discard[1].store(0, Ordering::Release);
+        progress
+    }
+
+    /// The words of a page in the child of a fork, made from the parent's under the layout lock: `copy` is
+    /// called for a page whose contents lie in the arena and must be copied to the child now.
+    pub fn word_for_child(
+        &self,
+        _layout: &WriteGuard<'_, H>,
+        page: Vpn,
+        mut copy: impl FnMut(Vpn, VirtAddr),
+    ) -> PageWord {
+        let word = self.table.entry(page).load();
+        let pinned = word.is_pinned();
+        let child = match (word.state(), word.kind()) {
+            (State::Staged, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
+                let slot = word.slot().expect("these words name their slot");
+                if !word.is_discarded() {
+                    copy(page, self.slot_address(slot));
+                }
+                PageWord::RESIDENT
+            }
+            (State::Moving, _) if word.is_tracked() => word.pfn().map_or(PageWord::EMPTY, PageWord::tracked),
+            (State::Moving, _) => word.pfn().map_or(PageWord::EMPTY, PageWord::device),
+            (State::Empty, _) if word.is_discarded() => PageWord::EMPTY.with_discarded(),
+            (State::Empty, _) => PageWord::EMPTY,
+            (State::Resident, _) => word.pfn().map_or(PageWord::RESIDENT, PageWord::tracked),
+            (State::Poisoned, _) => PageWord::POISONED,
+            _ => word.pfn().map_or(PageWord::EMPTY, PageWord::device),
+        };
+        if let Some(pfn) = child.pfn() {
+            self.pagemaps.of(pfn).get(pfn);
+        }
+        child.with_pinned(pinned)
+    }
+}

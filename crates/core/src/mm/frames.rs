@@ -1,0 +1,72 @@
+//! The frames of a space: from the slot that a page word names to its arena, and back to the pool.
+//!
+//! What    one row of numbers over both arenas; `free` and `free_slot`, for what a word owned;
+//!         [`Mm::release_frames`], for frames that nobody needs.
+//! Owns    whoever took a payload out of a word owns it, and gives it up here. A slot of 2 MiB stays with the
+//!         migration that took it, which gives it back.
+//! Locks   the pool's gate, inside the arena.
+//! Fails   nothing here fails.
+
+use uhmm_addr::{Geometry, PageCount, VirtAddr};
+
+use super::Mm;
+use crate::frame::{Arena, Slot};
+use crate::host::Host;
+use crate::pagetable::{PageWord, State};
+
+/// Slots of the 2 MiB arena are numbered from here on.
+const HUGE_SLOTS: u32 = 1 << 31;
+
+impl<H: Host> Mm<H> {
+    pub(crate) fn arena_of(&self, slot: Slot) -> (&Arena, Slot) {
+        match &self.huge {
+            Some(huge) if slot.get() >= HUGE_SLOTS => (huge, Slot::new(slot.get() - HUGE_SLOTS)),
+            _ => (&self.arena, slot),
+        }
+    }
+
+    pub(crate) const fn huge_slot(slot: Slot) -> Slot {
+        Slot::new(slot.get() + HUGE_SLOTS)
+    }
+
+    /// The address of the slot that a page word names.
+    pub fn slot_address(&self, slot: Slot) -> VirtAddr {
+        let (arena, slot) = self.arena_of(slot);
+        arena.address(slot)
+    }
+
+    /// Lets up to `most` free frames of the arena go back to the system. Returns how many went.
+    pub fn release_frames(&self, most: PageCount) -> PageCount {
+        let mut released = PageCount::ZERO;
+        while released < most {
+            let Some(run) = self.arena.take_framed(&self.host, most.minus(released)) else { break };
+            // SAFETY: the run is ours, and becomes an empty one.
+            unsafe { self.host.release(run.range()) };
+            released = released.plus(run.pages());
+            drop(run.emptied());
+        }
+        released
+    }
+
+    /// Frees what a word owned that has just become something else.
+    pub(crate) fn free(&self, word: PageWord) {
+        if let Some(pfn) = word.pfn() {
+            self.pagemaps.of(pfn).put(pfn);
+        }
+        if word.state() == State::Staged && !word.is_writing() {
+            let slot = word.slot().expect("a staged word names its slot");
+            self.free_slot(slot);
+        }
+    }
+
+    /// Frees an owned slot with a frame in it, and the copy noted with it.
+    pub(crate) fn free_slot(&self, slot: Slot) {
+        let (arena, slot) = self.arena_of(slot);
+        if let Some(copy) = arena.take_copy(slot) {
+            self.pagemaps.of(copy).put(copy);
+        }
+        if arena.unit() == Geometry::K4 {
+            drop(arena.adopt(&self.host, slot));
+        }
+    }
+}

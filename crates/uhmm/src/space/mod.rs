@@ -1,0 +1,239 @@
+//! [`Space`]: managed memory for a program that knows about it.
+//!
+//! What    memory that can be moved to a device and comes home when it is touched, from any thread; with
+//!         prefetch, eviction, and an answer to "where is this page".
+//! Owns    every thread that serves it, and the memory that it mapped. Memory that was adopted stays its
+//!         owner's and is brought home when the adoption ends.
+//! Locks   none of its own beyond those of [`Managed`]; methods may be called from any thread.
+//! Fails   each operation has its own small error; pages that did not move are counted by reason.
+//! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are;
+//!         `adoption` is memory that was there before. Here are the operations.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use uhmm::{ByteSize, MemDevice, Space};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # if uhmm::Space::builder().build().is_err() { return Ok(()) } // no userfaultfd for this user
+//! let vram = Arc::new(MemDevice::private(ByteSize::mib(64))?);
+//! let space = Space::builder().device(vram).build()?;
+//! let mut numbers = space.map::<u64>(1 << 20)?;
+//! numbers[12345] = 42;
+//! let done = space.migrate(numbers.range())?;       // its pages are on the device now
+//! assert!(done.moved.get() > 0);
+//! assert_eq!(numbers[12345], 42);                   // a touch brings the page home
+//! # Ok(())
+//! # }
+//! ```
+
+mod adoption;
+mod builder;
+mod evictor;
+mod handlers;
+mod residency;
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use uhmm_addr::{Geometry, PageCount, RangeError, VaRange};
+use uhmm_core::migrate::{Migrated, Select};
+use uhmm_core::pagemap::Pagemap;
+use uhmm_core::stats::{Counter, Skip, Skipped};
+use uhmm_sys::mapping::Mapping;
+use uhmm_sys::signals::Blocked;
+use uhmm_sys::uffd::RegisterError;
+
+pub use adoption::Adoption;
+pub use builder::{Builder, LEAST_BUDGET, SpaceError};
+pub use residency::Residency;
+
+use crate::buffer::{Buffer, Plain};
+use crate::engine::signal::Membership;
+use crate::engine::threads::Crew;
+use crate::managed::Managed;
+use crate::reclaim::Reclaimer;
+
+/// Why memory could not be mapped or adopted.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The address or the length is no range of whole pages.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// More elements than there are addresses.
+    #[error("{0} elements do not fit into the address space")]
+    TooLarge(usize),
+    /// The system refused the memory.
+    #[error("the memory cannot be mapped")]
+    Map(#[from] io::Error),
+    /// The kernel does not let this memory be watched.
+    #[error("the memory cannot be watched: it must be private and anonymous")]
+    Register(#[from] RegisterError),
+}
+
+/// Why a migration could not be tried. What happened to single pages is in the result.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// The space has no such device.
+    #[error("the space has no device number {0}")]
+    NoDevice(usize),
+    /// Not this space's memory.
+    #[error("{0} is not managed by this space")]
+    Unmanaged(VaRange),
+}
+
+/// An address space's managed part. Cheap to clone; memory mapped from it keeps it alive.
+#[derive(Clone, Debug)]
+pub struct Space {
+    inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) managed: Arc<Managed>,
+    pagemaps: Vec<Arc<Pagemap>>,
+    membership: Option<Membership>,
+    crew: Option<Arc<Crew>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Space").field("pagemaps", &self.pagemaps).finish_non_exhaustive()
+    }
+}
+
+impl Space {
+    /// Fresh managed memory for `len` elements, all zero.
+    pub fn map<T: Plain>(&self, len: usize) -> Result<Buffer<T>, MapError> {
+        self.map_with(len, |_| Ok(()))
+    }
+
+    /// As [`Space::map`], all of it there from the start, in huge pages as far as the system has them. Memory
+    /// that is touched bit by bit under management grows by small pages.
+    pub fn map_huge<T: Plain>(&self, len: usize) -> Result<Buffer<T>, MapError> {
+        self.map_with(len, |mapping| {
+            mapping.advise_huge()?;
+            mapping.populate()
+        })
+    }
+
+    fn map_with<T: Plain>(
+        &self,
+        len: usize,
+        prepare: impl FnOnce(&Mapping) -> io::Result<()>,
+    ) -> Result<Buffer<T>, MapError> {
+        let bytes = len.checked_mul(size_of::<T>()).filter(|bytes| *bytes < 1 << 46);
+        let bytes = bytes.ok_or(MapError::TooLarge(len))?.max(1).next_multiple_of(4096);
+        let mapping = Mapping::reserve_aligned(bytes, Geometry::M2.bytes(), "uhmm-space")?;
+        let blocked = Blocked::all();
+        prepare(&mapping)?;
+        // SAFETY: fresh memory, reached through the buffer only; the engine runs as long as the space, which
+        // the buffer keeps alive.
+        unsafe { self.inner.managed.adopt(mapping.range()) }?;
+        drop(blocked);
+        Ok(Buffer::new(self.inner.clone(), mapping, len))
+    }
+
+    /// Moves the resident pages of `range` to the first device.
+    pub fn migrate(&self, range: VaRange) -> Result<Migrated, MigrateError> {
+        self.migrate_to(range, 0)
+    }
+
+    /// Moves the resident pages of `range` to device number `device`.
+    pub fn migrate_to(&self, range: VaRange, device: usize) -> Result<Migrated, MigrateError> {
+        let map = self.inner.pagemaps.get(device).ok_or(MigrateError::NoDevice(device))?;
+        let managed = &self.inner.managed;
+        // A signal handler that touched a page under our claim would wait for ourselves.
+        let _blocked = Blocked::all();
+        let _lent = managed.lend_thread();
+        let since = match managed.range_from(range.first()) {
+            Some((known, since)) if known.encloses(range) => since,
+            _ => return Err(MigrateError::Unmanaged(range)),
+        };
+        let first = managed.mm().migrate(range, since, map, Select::All);
+        if first.skipped.get(Skip::Busy) == 0 {
+            return Ok(first);
+        }
+        // Shared with a child since a fork, or pinned; pages that are shared can be had for a copy.
+        managed.unshare(range);
+        let second = managed.mm().migrate(range, since, map, Select::All);
+        Ok(Migrated { moved: first.moved.plus(second.moved), skipped: second.skipped })
+    }
+
+    /// Brings the pages of `range` home ahead of any touch. Returns how many came.
+    pub fn prefetch(&self, range: VaRange) -> io::Result<PageCount> {
+        let (mut scratch, _buffer) = Managed::scratch()?;
+        let _blocked = Blocked::all();
+        Ok(self.inner.managed.mm().prefetch(range, &mut scratch))
+    }
+
+    /// Moves up to `pages` cold pages, wherever they are, to the first device. Returns how many went.
+    pub fn evict(&self, pages: PageCount) -> Result<PageCount, MigrateError> {
+        let map = self.inner.pagemaps.first().ok_or(MigrateError::NoDevice(0))?;
+        let mut reclaimer = Reclaimer::new(self.inner.managed.clone(), map.clone());
+        let _blocked = Blocked::all();
+        let _lent = self.inner.managed.lend_thread();
+        let mut moved = PageCount::ZERO;
+        while moved < pages {
+            let staged = reclaimer.stage(pages.minus(moved));
+            let written = reclaimer.write_back(pages.minus(moved));
+            moved = moved.plus(written.moved);
+            if staged.is_zero() && written.moved.is_zero() {
+                break;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Where the pages of `range` are.
+    pub fn residency(&self, range: VaRange) -> Residency {
+        self.inner.managed.residency(range)
+    }
+
+    /// A counter's value.
+    pub fn count(&self, counter: Counter) -> u64 {
+        self.inner.managed.mm().stats().get(counter)
+    }
+
+    /// Pages that did not move so far, by reason.
+    pub fn skipped(&self) -> Skipped {
+        self.inner.managed.mm().stats().skipped()
+    }
+
+    /// Pages in use on device number `device`.
+    pub fn device_pages(&self, device: usize) -> Option<PageCount> {
+        self.inner.pagemaps.get(device).map(|map| map.live())
+    }
+}
+
+impl Inner {
+    /// The memory of `range` goes away, contents and all.
+    pub(crate) fn unmap(&self, mapping: Mapping) {
+        let _blocked = Blocked::all();
+        let range = mapping.range();
+        self.managed.forget(range);
+        let mm = self.managed.mm();
+        mm.unmapped(&mm.lock_layout(), range);
+        mm.pass_discards();
+        let layout = mm.lock_layout();
+        // Unregistered first, so that unmapping raises no event that would wait for this very lock.
+        let _ = mm.host().program().unregister(range);
+        drop(mapping);
+        drop(layout);
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.managed.mm().close();
+        self.managed.kick();
+        if let Some(crew) = &self.crew {
+            crew.wake_all();
+        }
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+        drop(self.membership.take());
+    }
+}

@@ -1,0 +1,66 @@
+//! Where pages are.
+//!
+//! What    [`Residency`], the pages of a range by place.
+//! Why     the words say which pages are away; of the others, only the kernel knows which were ever touched.
+//! Races   a snapshot, taken with no lock held: a page that moves meanwhile may count at either place.
+//! Fails   nothing fails. Where the kernel cannot be asked, pages count as absent.
+
+use uhmm_addr::{PageCount, VaRange};
+use uhmm_core::pagetable::State;
+
+use crate::managed::Managed;
+
+/// Where pages are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Residency {
+    /// In RAM, where the program can touch them at once.
+    pub resident: PageCount,
+    /// In RAM, on their way out: a touch takes them back.
+    pub staged: PageCount,
+    /// On a device.
+    pub device: PageCount,
+    /// Nowhere yet: never touched, or given up. They read as zeros.
+    pub absent: PageCount,
+    /// Lost by a device.
+    pub poisoned: PageCount,
+}
+
+impl Managed {
+    /// Where the pages of `range` are. A snapshot; pages may move while it is taken.
+    pub fn residency(&self, range: VaRange) -> Residency {
+        let mut found = Residency::default();
+        let add = |count: &mut PageCount, pages| *count = count.plus(PageCount::new(pages));
+        let mut away = 0;
+        for part in self.mm().table().used(range) {
+            for page in part.iter() {
+                let count = match self.mm().table().entry(page).load().state() {
+                    State::Empty | State::Resident => continue,
+                    State::Staged | State::Moving => &mut found.staged,
+                    State::Device | State::Coherent | State::Exclusive => &mut found.device,
+                    State::Poisoned => &mut found.poisoned,
+                };
+                add(count, 1);
+                away += 1;
+            }
+        }
+        found.resident = self.present(range);
+        found.absent = range.pages().minus(found.resident).minus(PageCount::new(away));
+        found
+    }
+
+    /// Pages of `range` that are in RAM.
+    pub fn present(&self, range: VaRange) -> PageCount {
+        let mut regions = [uhmm_sys::scan::Region::UNUSED; 32];
+        let mut pages = PageCount::ZERO;
+        let mut rest = Some(range);
+        while let Some(part) = rest {
+            let Ok(scanned) = self.mm().host().scanner().present(part, &mut regions) else { break };
+            for region in &regions[..scanned.regions] {
+                pages = pages.plus(region.range.pages());
+            }
+            let end = scanned.walk_end.page().max(part.first().forward(PageCount::ONE));
+            rest = VaRange::of_pages(end, part.end_page().since(end));
+        }
+        pages
+    }
+}
