@@ -132,6 +132,44 @@ impl LinuxHost {
     }
 }
 
+impl LinuxHost {
+    /// What a move that stopped early did, by a look at both sides. Linux 6.18 miscounts: when a page cannot be
+    /// moved at once (it was being written, or its lock was taken) it begins again, forgets that it has to go on
+    /// after that, and meets the page that it has just moved: not counted, and reported as `EEXIST`.
+    ///
+    /// Both sides are the caller's meanwhile, by a claim or as slots of its own.
+    fn recount(&self, told: Progress, source: VirtAddr, to: VirtAddr, pages: PageCount) -> Progress {
+        let hidden = match told.stop {
+            Stop::Present => true,
+            // Whatever stopped a move part of the way.
+            Stop::Pending => !told.done.is_zero(),
+            _ => false,
+        };
+        if !hidden {
+            return told;
+        }
+        let mut done = told.done;
+        while done < pages
+            && self.is_occupied(source.page().forward(done)) == Some(false)
+            && self.is_occupied(to.page().forward(done)) == Some(true)
+        {
+            done = done.plus(PageCount::ONE);
+        }
+        match done {
+            done if done == told.done => told,
+            done if done == pages => Progress::complete(pages),
+            done => Progress::stopped(done, Stop::Pending),
+        }
+    }
+
+    /// Whether there is a page, of whatever kind; `None` where the page map cannot be read.
+    fn is_occupied(&self, page: Vpn) -> Option<bool> {
+        let any = Query { any: Categories::PRESENT.union(Categories::SWAPPED), ..Query::default() };
+        let mut found = [Region::UNUSED; 1];
+        self.scanner.scan(VaRange::page(page), any, &mut found).ok().map(|scanned| scanned.regions > 0)
+    }
+}
+
 fn refused() -> Progress {
     Progress::stopped(PageCount::ZERO, Stop::Refused)
 }
@@ -156,7 +194,8 @@ impl Host for LinuxHost {
             return refused();
         }
         // SAFETY: the caller has claimed the pages and knows where they go.
-        unsafe { self.program.move_pages(slot, range.start(), range.pages(), false) }
+        let told = unsafe { self.program.move_pages(slot, range.start(), range.pages(), false) };
+        self.recount(told, range.start(), slot, range.pages())
     }
 
     unsafe fn install(&self, slot: VirtAddr, range: VaRange) -> Progress {
@@ -164,7 +203,13 @@ impl Host for LinuxHost {
             return refused();
         }
         // SAFETY: the slots are the caller's own, and it knows that they are empty afterwards.
-        unsafe { self.program.move_pages(range.start(), slot, range.pages(), true) }
+        let told = unsafe { self.program.move_pages(range.start(), slot, range.pages(), true) };
+        let progress = self.recount(told, slot, range.start(), range.pages());
+        if progress.done > told.done {
+            // The kernel wakes for what it counts only.
+            self.program.wake(range.take(progress.done));
+        }
+        progress
     }
 
     unsafe fn install_copy(&self, source: NonNull<u8>, range: VaRange, how: Install) -> Progress {

@@ -88,9 +88,15 @@ fn contents_given_up_beside_eviction(setup: Setup) {
     let (range, over) = (memory.range(), AtomicBool::new(false));
     thread::scope(|scope| {
         let mover = scope.spawn(|| {
-            while !over.load(Ordering::Acquire) {
-                let _ = space.migrate(range).unwrap();
-                let _ = space.evict(PageCount::new(PAGES)).unwrap();
+            for round in 0.. {
+                if over.load(Ordering::Acquire) {
+                    break;
+                }
+                if round % 8 == 7 {
+                    let _ = space.evict(PageCount::new(PAGES)).unwrap();
+                } else {
+                    let _ = space.migrate(range).unwrap();
+                }
             }
         });
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

@@ -1,4 +1,4 @@
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -29,16 +29,99 @@ fn frames_go_out_and_come_home() {
     let Some(Rig { host, memory, arena }) = rig(HostOptions::default()) else { return };
     // SAFETY: memory and slots are the test's own; nothing else touches them.
     unsafe {
-        assert!(host.isolate(memory.range(), arena.addr(0)).is_complete());
-        assert_eq!(arena.ends(PAGES - 1), (0xa5, 0xa5));
-        assert_eq!(host.isolate(memory.part(0, 1), arena.addr(0)).stop, Stop::Present);
-        assert!(host.install(arena.addr(0), memory.range()).is_complete());
+        let present = Progress::stopped(PageCount::ZERO, Stop::Present);
+        assert!(host.isolate(memory.part(0, 3), arena.addr(0)).is_complete());
+        assert_eq!(arena.ends(2), (0xa5, 0xa5));
+        assert_eq!(host.isolate(memory.part(3, 1), arena.addr(0)), present);
+        assert_eq!(host.install(arena.addr(0), memory.part(3, 1)), present);
+        assert!(host.install(arena.addr(0), memory.part(0, 3)).is_complete());
     }
     assert!(!host.is_huge(memory.range()));
     assert_eq!(memory.ends(0), (0xa5, 0xa5));
     let mut out = [crate::scan::Region::UNUSED; 4];
     assert_eq!(host.scanner().present(arena.range(), &mut out).unwrap().regions, 0);
     assert_eq!(host.scanner().present(memory.range(), &mut out).unwrap().regions, 1);
+}
+
+#[test]
+fn what_the_kernel_moved_and_did_not_count_is_counted() {
+    let Some(Rig { host, memory, arena }) = rig(HostOptions::default()) else { return };
+    let present = |done| Progress::stopped(PageCount::new(done), Stop::Present);
+    let recount = |told| host.recount(told, memory.range().start(), arena.addr(0), PageCount::new(PAGES));
+    assert_eq!(recount(present(0)), present(0), "the pages are where they were");
+    // SAFETY: memory and slots are the test's own.
+    unsafe { assert!(host.isolate(memory.part(0, 2), arena.addr(0)).is_complete()) };
+    let more = Progress::stopped(PageCount::new(2), Stop::Pending);
+    assert_eq!((recount(present(0)), recount(more)), (more, more));
+    // SAFETY: as above.
+    unsafe { assert!(host.isolate(memory.part(2, 2), arena.addr(2)).is_complete()) };
+    assert_eq!(recount(present(0)), Progress::complete(PageCount::new(PAGES)));
+    assert_eq!(recount(more), Progress::complete(PageCount::new(PAGES)));
+    let hole = Progress::stopped(PageCount::ZERO, Stop::Hole);
+    assert_eq!(recount(hole), hole, "what the kernel says of a hole is so");
+}
+
+/// Lets every round begin, with the page there, when the test ends early.
+struct Release<'a>(&'a AtomicU64, &'a LinuxHost, VaRange);
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        let _ = self.1.install_zero(self.2);
+        self.0.store(u64::MAX, Ordering::Release);
+    }
+}
+
+/// A page that is written for the first time while it moves makes the kernel begin again, and miscount.
+#[test]
+fn a_first_store_beside_a_move_is_never_lost() {
+    let Some(Rig { host, memory, arena }) = rig(HostOptions::default()) else { return };
+    let (page, slot) = (memory.part(0, 1), arena.addr(0));
+    // SAFETY: memory and slots are the test's own.
+    unsafe { assert!(host.isolate(page, slot).is_complete()) };
+    let (begun, stored) = (AtomicU64::new(0), AtomicU64::new(0));
+    let rounds = 5000;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=rounds {
+                for spins in 0.. {
+                    if begun.load(Ordering::Acquire) >= round {
+                        break;
+                    }
+                    if spins % 256 == 255 { std::thread::yield_now() } else { std::hint::spin_loop() }
+                }
+                // Now early, now late beside the move.
+                (0..round % 48).for_each(|_| std::hint::spin_loop());
+                // SAFETY: the test's own page; the other thread reads it when the store is known to be done.
+                unsafe { memory.at(0).cast::<u64>().write_volatile(round) };
+                stored.store(round, Ordering::Release);
+            }
+        });
+        let _all = Release(&begun, &host, page);
+        for round in 1..=rounds {
+            // SAFETY: as above; nobody needs what lies in the slot.
+            unsafe { host.release(arena.part(0, 1)) };
+            assert!(host.install_zero(page).is_complete());
+            begun.store(round, Ordering::Release);
+            // SAFETY: as above.
+            let out = unsafe { host.isolate(page, slot) };
+            if out.is_complete() {
+                // SAFETY: as above.
+                assert!(unsafe { host.install(slot, page) }.is_complete());
+            }
+            while stored.load(Ordering::Acquire) < round {
+                std::thread::yield_now();
+            }
+            assert_eq!(
+                host.is_occupied(page.first()),
+                Some(true),
+                "round {round}: {out:?}, and the page is gone"
+            );
+            // SAFETY: the page is there, and the other thread waits for the next round.
+            assert_eq!(unsafe { memory.at(0).cast::<u64>().read_volatile() }, round, "{out:?}");
+            // SAFETY: as above.
+            unsafe { assert!(host.isolate(page, slot).is_complete()) };
+        }
+    });
 }
 
 #[test]
