@@ -143,6 +143,23 @@ impl Drop for Lent<'_> {
     }
 }
 
+/// In the place of a thread of ours: it is not one for the moment. Thread numbers are smaller.
+const AWAY: u32 = 1 << 31;
+
+/// A thread of ours that is none for a while; its place is kept.
+struct Withdrawn<'a> {
+    slot: Option<&'a AtomicU32>,
+    tid: u32,
+}
+
+impl Drop for Withdrawn<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            slot.store(self.tid, Ordering::Release);
+        }
+    }
+}
+
 fn reserve(size: usize, align: usize, what: &'static str) -> Result<Mapping, BuildError> {
     Mapping::reserve_aligned(size, align, what).map_err(|source| BuildError::AddressSpace {
         size: ByteSize::new(size as u64),
@@ -318,14 +335,12 @@ impl Managed {
         Some((range.skip(page.since(range.first())).unwrap_or(range), since))
     }
 
-    /// Whether `page` is managed.
-    pub fn manages(&self, page: Vpn) -> bool {
-        self.range_from(page).is_some_and(|(range, _)| range.contains(page))
-    }
-
     /// Gives the process frames of its own for pages of `range` that it shares with a child or a parent since a
     /// fork: such a page is busy until somebody writes to it. To be called with no lock held.
     pub fn unshare(&self, range: VaRange) {
+        // A page may be under another thread's claim, and is waited for like anybody's: filled past that claim,
+        // it would be zeros, and its contents be lost.
+        let _away = self.withdraw_thread();
         let mut found = [VaRange::page(range.first()); 32];
         let mut rest = Some(range);
         while let Some(part) = rest {
@@ -396,6 +411,16 @@ impl Managed {
         }
     }
 
+    /// Makes the calling thread nobody of ours until the guard is dropped.
+    fn withdraw_thread(&self) -> Withdrawn<'_> {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        let slot = self.ours.iter().find(|slot| slot.load(Ordering::Relaxed) == tid);
+        if let Some(slot) = slot {
+            slot.store(tid | AWAY, Ordering::Release);
+        }
+        Withdrawn { slot, tid }
+    }
+
     /// Whether the thread is one of ours.
     pub fn is_ours(&self, tid: u32) -> bool {
         self.ours.iter().any(|ours| ours.load(Ordering::Acquire) == tid)
@@ -464,10 +489,5 @@ impl Managed {
             unsafe { mapping.unmap_in_child() };
         }
         std::mem::forget(self);
-    }
-
-    /// Bytes of address space that the tables take.
-    pub fn reserved(&self) -> ByteSize {
-        ByteSize::new(self.memory.iter().map(|mapping| mapping.len() as u64).sum())
     }
 }

@@ -23,6 +23,7 @@ with_engine!(Threads, threads_move, threads_fallback:
     read_only_pages_leave_and_come_back,
     a_child_has_its_own_copy,
     forks_beside_migration,
+    two_migrations_of_pages_shared_with_a_child,
     a_child_outlives_its_parent,
 );
 
@@ -363,6 +364,37 @@ fn forks_beside_migration(setup: Setup) {
             over.store(true, Ordering::Release);
         });
         drop(adopted);
+    });
+}
+
+/// A page that is shared is unshared by whoever wants to move it, while another has it on its way out already.
+fn two_migrations_of_pages_shared_with_a_child(setup: Setup) {
+    in_process(&name_of(setup, "two_migrations_of_pages_shared_with_a_child"), None, || {
+        let space = setup.space(ByteSize::mib(4));
+        let (mut memory, adopted) = adopted(&space, 0);
+        let range = memory.range();
+        for round in 0..12 {
+            fill(memory.words_mut(0, PAGES), round);
+            let child = fork(|| {
+                // SAFETY: sleeps.
+                unsafe { libc::usleep(5000) };
+                holds(memory.words(0, PAGES), round)
+            });
+            thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        for _ in 0..4 {
+                            let _ = space.migrate(range).unwrap();
+                        }
+                    });
+                }
+                check(memory.words(0, PAGES), round);
+            });
+            check(memory.words(0, PAGES), round);
+            expect_well(child);
+        }
+        drop(adopted);
+        check(memory.words(0, PAGES), 11);
     });
 }
 
