@@ -16,9 +16,10 @@
 //! Lock order, outermost first; no lock is held across a device transfer, except a claim on a page word:
 //!
 //! ```text
+//! Mm::copying      one thread at a time copies pages out
+//! Mm::fallback     one discard of our own at a time
 //! Mm::layout       readers: pages go out or come in; writer: the program's mappings change
 //!   page word      a claim (Moving): never waited for under the layout lock held for writing
-//!     fallback     one discard of our own at a time
 //!     Arena::gate  the pool of frames
 //! ```
 #![no_std]

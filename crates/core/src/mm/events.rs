@@ -12,24 +12,24 @@
 use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
 
 use super::Mm;
+use super::discard::Whose;
 use crate::host::Host;
 use crate::pagetable::{Discard, Kind, PageWord, State};
-use crate::sync::{Ordering, WriteGuard};
+use crate::sync::WriteGuard;
 
 impl<H: Host> Mm<H> {
     /// The program gives up the contents of `range`, and the kernel takes the pages away a moment later
     /// (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`): the pages come back as zeros and may not be moved out
     /// until they were filled again.
     pub fn removed(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
-        let first = self.own_discard[0].load(Ordering::Acquire);
-        let pages = self.own_discard[1].load(Ordering::Acquire);
-        if first == range.first().get() && range.pages().get() <= pages {
-            // Our own, or the part of it that lies in one mapping: the next part begins where this one ends. A
-            // second one of the same range is the program's.
-            self.own_discard[0].store(range.end_page().get(), Ordering::Release);
-            self.own_discard[1].store(pages - range.pages().get(), Ordering::Release);
-            return;
+        match self.own_discard.whose(range) {
+            Whose::Ours => {}
+            Whose::OursAfter(before) => self.give_up_contents(layout, before),
+            Whose::Programs => self.give_up_contents(layout, range),
         }
+    }
+
+    fn give_up_contents(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
         self.forget(layout, range, true);
         // Pages without a word may be there as well, and are not to leave before the kernel has taken them.
         let mut found = [VaRange::page(Vpn::new(0)); 16];
@@ -139,14 +139,13 @@ impl<H: Host> Mm<H> {
         if range.iter().any(|page| self.table.entry(page).load().is_discarded()) {
             return crate::host::Progress::stopped(PageCount::ZERO, crate::host::Stop::Pending);
         }
-        self.own_discard[0].store(range.first().get(), Ordering::Release);
-        self.own_discard[1].store(range.pages().get(), Ordering::Release);
+        self.own_discard.begin(range);
         // SAFETY: the caller's promise.
         let progress = unsafe { self.host.discard(range) };
         // The discard goes on as soon as its event is *read*, which is under the layout lock held for writing:
         // whoever gets the lock finds it applied. Until then it must be known as ours.
         drop(self.layout.read(&self.host));
-        self.own_discard[1].store(0, Ordering::Release);
+        self.own_discard.end();
         progress
     }
 

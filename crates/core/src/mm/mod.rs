@@ -11,10 +11,11 @@
 //!         the kernel changes a mapping until the event is read, it refuses every call of ours on any range
 //!         ([`Stop::Pending`](crate::host::Stop::Pending)), and from then on the write lock does.
 //! Fails   nothing here fails.
-//! Rooms   `events` is what follows changes of the program's mappings, `epoch` their history; `frames` are the
+//! Rooms   `events` is what follows changes of the program's mappings, `discard` tells ours from them, `epoch` is their history; `frames` are the
 //!         arenas; `allowance`, `tracking` and `waiters` are what faults ask before and after.
 
 mod allowance;
+mod discard;
 mod epoch;
 mod events;
 mod frames;
@@ -22,17 +23,18 @@ mod tracking;
 mod waiters;
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use core::sync::atomic::AtomicBool;
 
 use uhmm_addr::{Geometry, VaRange, Vpn};
 
 pub use epoch::Epoch;
 
+use discard::OwnDiscard;
+
 use crate::fault::window::Windows;
 use crate::frame::Arena;
 use crate::host::Host;
-use crate::pagemap::{Pagemap, PagemapSet};
+use crate::pagemap::PagemapSet;
 use crate::pagetable::PageTable;
 use crate::stats::Stats;
 use crate::sync::{AtomicU32, AtomicUsize, Gate, WriteGuard};
@@ -58,8 +60,8 @@ pub struct Mm<H: Host> {
     prone: [AtomicU32; PRONE],
     // What threads sleep on that wait for a page in flight, by hash of the page.
     waiters: [AtomicU32; WAITERS],
-    // The range that the fallback is taking away itself, as first page and length; length 0 for none.
-    own_discard: [AtomicUsize; 2],
+    // What the fallback is taking away itself, set under the gate.
+    own_discard: OwnDiscard,
     fallback: Gate,
     // One copying out at a time: a thread of ours that is filled past a claim is then filled past its own.
     pub(crate) copying: Gate,
@@ -130,7 +132,7 @@ impl<H: Host> Mm<H> {
             allowance: AtomicUsize::new(usize::MAX / 2),
             prone: core::array::from_fn(|_| AtomicU32::new(0)),
             waiters: core::array::from_fn(|_| AtomicU32::new(0)),
-            own_discard: core::array::from_fn(|_| AtomicUsize::new(0)),
+            own_discard: OwnDiscard::new(),
             fallback: Gate::new(),
             copying: Gate::new(),
             changes: core::array::from_fn(|_| core::array::from_fn(|_| AtomicUsize::new(0))),
@@ -204,11 +206,6 @@ impl<H: Host> Mm<H> {
                 self.wait_in_flight(page);
             }
         }
-    }
-
-    /// The pagemap to which pages are moved out by default: the first.
-    pub fn default_pagemap(&self) -> Option<&Arc<Pagemap>> {
-        self.pagemaps.iter().next()
     }
 
     /// Marks the space as closing; see [`Mm::is_closed`].
