@@ -9,8 +9,9 @@
 //! Fails   where the system has no thread or no memory for one.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use uhmm_core::sync::WriteGuard;
@@ -36,13 +37,13 @@ impl Inner {
             if cpus.count() > 1 { cpus.iter().map(Role::Pinned).collect() } else { Vec::new() };
         // A thread that forks holds the allocator's locks until a handler has read its event, and a thread
         // allocates while it starts: no range is watched before every handler is there.
-        let ready = Arc::new(Barrier::new(pinned.len() + 3));
+        let (ready, all_ready) = mpsc::channel();
         let mut start = |work: Work| -> io::Result<()> {
             let (managed, crew, ready) = (self.managed.clone(), crew.clone(), ready.clone());
             let thread = std::thread::Builder::new().name("uhmm-handler".into()).spawn(move || {
                 // The program's signal handlers may touch managed memory; not on this thread.
                 let _blocked = Blocked::all();
-                ready.wait();
+                drop(ready);
                 work(&managed, &crew);
             })?;
             self.threads.push(thread);
@@ -56,7 +57,9 @@ impl Inner {
             }))?;
         }
         start(Box::new(threads::keep_awake))?;
-        ready.wait();
+        drop(ready);
+        // Nothing is ever sent: the last thread that has started ends the wait.
+        let _: Result<(), _> = all_ready.recv();
         self.crew = Some(crew);
         Ok(())
     }
