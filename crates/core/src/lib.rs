@@ -8,6 +8,7 @@
 //! | [`pagemap`]   | devices' pages: allocation, references, free                            |
 //! | [`fault`]     | a touch of an absent page: decision, fault-around, resolution           |
 //! | [`migrate`]   | out of RAM, in phases                                                   |
+//! | [`notifier`]  | who is told before pages change                                          |
 //! | [`host`], [`device`] | the two ports                                                    |
 //!
 //! There are no system calls, threads, clocks or environment here, so that loom can explore the crate and
@@ -21,6 +22,7 @@
 //! Mm::layout       readers: pages go out or come in; writer: the program's mappings change
 //!   page word      a claim (Moving): never waited for under the layout lock held for writing
 //!     Arena::gate  the pool of frames
+//!     Notifiers    their tree, while callbacks run; inside it the lock of whoever is called
 //! ```
 #![no_std]
 extern crate alloc;
@@ -33,6 +35,7 @@ pub mod frame;
 pub mod host;
 pub mod migrate;
 pub mod mm;
+pub mod notifier;
 pub mod pagemap;
 pub mod pagetable;
 pub mod stats;

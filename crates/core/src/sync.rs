@@ -8,7 +8,7 @@
 //! Fails  nothing here fails; a lock whose holder died stays locked.
 
 #[cfg(all(test, loom))]
-mod loom;
+pub(crate) mod loom;
 
 #[cfg(not(loom))]
 pub use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};

@@ -7,9 +7,15 @@ use ::loom::thread;
 use super::{AtomicU32, Gate, Ordering, Park};
 
 /// A futex that wakes nobody on its own, so that a lost wake-up is a deadlock.
-struct Futex {
+pub(crate) struct Futex {
     lock: Mutex<()>,
     changed: Condvar,
+}
+
+impl Futex {
+    pub(crate) fn new() -> Self {
+        Self { lock: Mutex::new(()), changed: Condvar::new() }
+    }
 }
 
 impl Park for Futex {
@@ -39,8 +45,7 @@ unsafe impl Send for Guarded {}
 
 impl Guarded {
     fn new() -> Arc<Self> {
-        let futex = Futex { lock: Mutex::new(()), changed: Condvar::new() };
-        Arc::new(Self { gate: Gate::new(), futex, value: UnsafeCell::new(0) })
+        Arc::new(Self { gate: Gate::new(), futex: Futex::new(), value: UnsafeCell::new(0) })
     }
 
     fn add(&self) {
