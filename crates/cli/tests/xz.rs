@@ -15,7 +15,7 @@ fn xz_in_a_half() {
     let place = Place::new("xz-input");
     let input = place.path("text");
     let mut file = BufWriter::new(File::create(&input).unwrap());
-    for number in Numbers(3).take(15_000) {
+    for number in Numbers(3).take(4_000) {
         write!(file, "{}{:x}", WORDS[(number >> 61) as usize], number & 0xffff_ffff).unwrap();
     }
     file.into_inner().unwrap();

@@ -34,7 +34,15 @@ impl Memory {
         // SAFETY: it is our own mapping. A neighbouring huge page would blur which pages are present.
         unsafe { rustix::mm::madvise(memory.at(0).cast(), pages * PAGE_SIZE, Advice::LinuxNoHugepage) }
             .unwrap();
+        memory.inherit(false);
         memory
+    }
+
+    /// Whether children get it: while one lives, the pages that it shares cannot be moved, in any test.
+    pub(crate) fn inherit(&self, inherit: bool) {
+        let advice = if inherit { Advice::LinuxDoFork } else { Advice::LinuxDontFork };
+        // SAFETY: it is our own mapping, and its contents stay.
+        unsafe { rustix::mm::madvise(self.at(0).cast(), self.pages * PAGE_SIZE, advice) }.unwrap();
     }
 
     pub(crate) fn at(&self, page: usize) -> *mut u8 {
@@ -292,6 +300,7 @@ fn a_forked_child_comes_with_a_usable_descriptor() {
     let _alone = FORKING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let Some(uffd) = open(Features::EVENT_FORK.union(Features::MOVE)) else { return };
     let memory = Memory::new(1);
+    memory.inherit(true);
     let source = Memory::new(1);
     source.fill(0, 1, 0x42);
     register(&uffd, memory.range(), Mode::MISSING);
@@ -337,6 +346,7 @@ fn an_unread_fork_closes_its_descriptor() {
     let _alone = FORKING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let Some(uffd) = open(Features::EVENT_FORK) else { return };
     let memory = Memory::new(1);
+    memory.inherit(true);
     register(&uffd, memory.range(), Mode::MISSING);
     let mut buffer = EventBuffer::new();
     std::thread::scope(|scope| {
