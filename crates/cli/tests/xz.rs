@@ -15,9 +15,11 @@ fn xz_in_a_half() {
     let place = Place::new("xz-input");
     let input = place.path("text");
     let mut file = BufWriter::new(File::create(&input).unwrap());
-    for number in Numbers(3).take(4_000) {
+    for number in Numbers(3).take(5_000) {
         write!(file, "{}{:x}", WORDS[(number >> 61) as usize], number & 0xffff_ffff).unwrap();
     }
+    // Memory for its positions, without many more places to look.
+    file.write_all(&[b' '; 200 << 10]).unwrap();
     file.into_inner().unwrap();
     Case::new("xz", &xz).args(&["-6", "--threads=1", "--stdout"]).input(input).squeeze(&[2]);
 }

@@ -310,7 +310,7 @@ impl Case {
             plain.took.as_secs_f64(),
             plain.status
         );
-        assert!(natural > 7 * MIB, "too little memory ({natural} bytes) to show anything");
+        assert!(natural > 8 * MIB, "too little memory ({natural} bytes) to show anything");
         let memory = format!("mem:{}", natural * 2 + 64 * MIB);
         for part in parts {
             for device in ["file:", &memory] {
