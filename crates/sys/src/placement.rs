@@ -361,6 +361,13 @@ pub fn allowed_cpus() -> io::Result<Cpus> {
     Ok(Cpus(sched_getaffinity(None)?))
 }
 
+/// The one CPU on which the thread `tid` of this process may run, if there is only one.
+pub fn bound_to(tid: u32) -> Option<u32> {
+    let thread = rustix::thread::Pid::from_raw(tid.cast_signed())?;
+    let cpus = Cpus(sched_getaffinity(Some(thread)).ok()?);
+    if cpus.count() == 1 { cpus.iter().next() } else { None }
+}
+
 /// Lets the calling thread run on `cpu` only, and moves it there.
 pub fn set_affinity(cpu: u32) -> io::Result<()> {
     if cpu as usize >= CpuSet::MAX_CPU {

@@ -289,26 +289,34 @@ impl ThreadFaults {
         if by_move && !self.pages.can_move() {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let allowed = placement::allowed_cpus()?;
-        let cpu = placement::current_cpu();
-        placement::set_affinity(cpu)?;
-        let stop = std::sync::Arc::new(AtomicBool::new(false));
-        let handler: JoinHandle<io::Result<()>> = {
-            let (pages, stop) = (self.pages.clone(), stop.clone());
-            std::thread::spawn(move || {
-                let _blocked = Blocked::all();
-                placement::set_affinity(cpu)?;
-                serve(&pages, by_move, &stop)
-            })
-        };
-        let took = self.pages.touch(order);
-        stop.store(true, Ordering::Release);
-        let served = handler.join().map_err(|_| io::Error::other("the handler thread failed"))?;
-        placement::set_affinity_to(&allowed)?;
-        served?;
+        let took = on_one_processor(|cpu| {
+            let stop = std::sync::Arc::new(AtomicBool::new(false));
+            let handler: JoinHandle<io::Result<()>> = {
+                let (pages, stop) = (self.pages.clone(), stop.clone());
+                std::thread::spawn(move || {
+                    let _blocked = Blocked::all();
+                    placement::set_affinity(cpu)?;
+                    serve(&pages, by_move, &stop)
+                })
+            };
+            let took = self.pages.touch(order);
+            stop.store(true, Ordering::Release);
+            handler.join().map_err(|_| io::Error::other("the handler thread failed"))??;
+            took
+        })??;
         self.pages.reset()?;
-        took
+        Ok(took)
     }
+}
+
+/// Runs `work` with the calling thread tied to the processor on which it runs now, whose number it gets.
+pub fn on_one_processor<T>(work: impl FnOnce(u32) -> T) -> io::Result<T> {
+    let allowed = placement::allowed_cpus()?;
+    let cpu = placement::current_cpu();
+    placement::set_affinity(cpu)?;
+    let result = work(cpu);
+    placement::set_affinity_to(&allowed)?;
+    Ok(result)
 }
 
 fn serve(pages: &Pages, by_move: bool, stop: &AtomicBool) -> io::Result<()> {

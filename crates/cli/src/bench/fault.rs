@@ -69,8 +69,8 @@ pub(crate) fn signal(name: &'static str, scale: Scale) -> Result<Measure, RowErr
     Ok(pair.measure(name, "us", microseconds, "bare SIGBUS, memcpy, UFFDIO_MOVE", 0.77))
 }
 
-/// A handler thread resolves the faults of one other. The limit has the faulting thread and the handler tied
-/// to one processor; ours is left to find out by itself.
+/// A handler thread resolves the faults of one other, which is tied to a processor. The limit has its handler
+/// tied to the same one; ours is left to find that out by itself.
 pub(crate) fn threads(name: &'static str, scale: Scale) -> Result<Measure, RowError> {
     let size = scale.pick(SIZE, QUICK);
     let mut raw = ThreadFaults::new(size).map_err(RowError::yardstick)?;
@@ -82,7 +82,8 @@ pub(crate) fn threads(name: &'static str, scale: Scale) -> Result<Measure, RowEr
     ];
     let mut pairs = ways.map(|(way, name)| (way, name, Pair::default()));
     for round in 0..scale.warm_up() + scale.rounds() {
-        let ours = touch_all(&space, &buffer, &order)?;
+        let ours = yardstick::on_one_processor(|_| touch_all(&space, &buffer, &order));
+        let ours = ours.map_err(RowError::yardstick)??;
         for (way, _, pair) in &mut pairs {
             match raw.run(&order, *way) {
                 Ok(bare) => pair.add(scale, round, ours.fault, one(bare, order.len())),

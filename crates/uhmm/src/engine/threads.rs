@@ -8,7 +8,8 @@
 //!         that wakes up away from a processor on which its waker is just running, to one that must be woken first.
 //!         The *first* handler therefore stays off the faulter's processor, looks for the next fault for a moment
 //!         before it sleeps, and has the faulter's processor kept out of its halt
-//!         (`haltpoll`). When several threads fault at once, *pinned* handlers, one a
+//!         (`haltpoll`). A faulter that is bound to one processor is drawn nowhere: the first handler binds itself
+//!         there as well, and the two take turns. When several threads fault at once, *pinned* handlers, one a
 //!         processor, join in until it is quiet again.
 //! Rule    R7: no allocation, no standard locks, no thread-local storage (the agent's threads have none), no
 //!         managed memory.
@@ -26,7 +27,7 @@ use uhmm_core::sync::WriteGuard;
 use uhmm_sys::awake::Awake;
 use uhmm_sys::futex;
 use uhmm_sys::host::LinuxHost;
-use uhmm_sys::placement::{self, ThreadCpu};
+use uhmm_sys::placement::{self, Cpus, ThreadCpu};
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
 
 use super::haltpoll::{self, HaltPoll};
@@ -69,6 +70,8 @@ pub struct Crew {
 const HANDS: usize = 2 * uhmm_sys::uffd::event::CAPACITY;
 /// Batches with several faulters before the pinned handlers are called.
 const CROWD: u32 = 4;
+/// Faults of one thread for each time that it is asked where it may run.
+const ASK: u32 = 64;
 const IDLE: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_millis(10);
 
@@ -121,6 +124,7 @@ pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scra
         events: EventBuffer::new(),
         crowded: 0,
         last_thread: 0,
+        tie: Tie::new(),
     };
     if let Role::Pinned(cpu) = role {
         let _ = placement::set_affinity(cpu);
@@ -158,6 +162,46 @@ struct Handler<'a> {
     events: EventBuffer,
     crowded: u32,
     last_thread: u32,
+    tie: Tie,
+}
+
+/// Whether the handler is bound to the processor of a thread that is.
+struct Tie {
+    /// Where the handler may run otherwise.
+    free: Option<Cpus>,
+    to: Option<u32>,
+    thread: u32,
+    /// Faults of that thread in a row.
+    streak: u32,
+}
+
+impl Tie {
+    fn new() -> Self {
+        Self { free: placement::allowed_cpus().ok(), to: None, thread: 0, streak: 0 }
+    }
+
+    /// The handler has answered `thread`. Whether the two share a processor now.
+    fn follow(&mut self, thread: u32) -> bool {
+        self.streak = if self.thread == thread { self.streak.wrapping_add(1) } else { 0 };
+        self.thread = thread;
+        let to = match self.streak {
+            0 => None,
+            // Asked for now and then: it costs a system call.
+            streak if streak % ASK == 1 => placement::bound_to(thread),
+            _ => self.to,
+        };
+        if to != self.to {
+            let done = match (to, &self.free) {
+                (Some(cpu), Some(_)) => placement::set_affinity(cpu),
+                (None, Some(free)) => placement::set_affinity_to(free),
+                (_, None) => return false,
+            };
+            if done.is_ok() {
+                self.to = to;
+            }
+        }
+        self.to.is_some()
+    }
 }
 
 impl Handler<'_> {
@@ -251,9 +295,11 @@ impl Handler<'_> {
         }
     }
 
-    /// Tells where the last faulter runs.
-    fn note(&self) {
-        let thread = NonZeroU32::new(self.last_thread);
-        self.crew.halt.note(thread.and_then(|thread| self.crew.threads.cpu_of(thread.get())), now());
+    /// Follows the last faulter if it is bound to a processor, and tells where it runs otherwise.
+    fn note(&mut self) {
+        let Some(thread) = NonZeroU32::new(self.last_thread) else { return };
+        if !self.tie.follow(thread.get()) {
+            self.crew.halt.note(self.crew.threads.cpu_of(thread.get()), now());
+        }
     }
 }

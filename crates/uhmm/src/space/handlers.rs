@@ -38,9 +38,9 @@ impl Inner {
         // A thread that forks holds the allocator's locks until a handler has read its event, and a thread
         // allocates while it starts: no range is watched before every handler is there.
         let (ready, all_ready) = mpsc::channel();
-        let mut start = |work: Work| -> io::Result<()> {
+        let mut start = |name: &str, work: Work| -> io::Result<()> {
             let (managed, crew, ready) = (self.managed.clone(), crew.clone(), ready.clone());
-            let thread = std::thread::Builder::new().name("uhmm-handler".into()).spawn(move || {
+            let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
                 // The program's signal handlers may touch managed memory; not on this thread.
                 let _blocked = Blocked::all();
                 drop(ready);
@@ -51,12 +51,14 @@ impl Inner {
         };
         for role in std::iter::once(Role::First).chain(pinned) {
             let (mut scratch, buffer) = Managed::scratch()?;
-            start(Box::new(move |managed, crew| {
+            let name = if role == Role::First { "uhmm-handler" } else { "uhmm-pinned" };
+            let work = move |managed: &Managed, crew: &Crew| {
                 threads::serve(managed, crew, &SpaceHooks, role, &mut scratch);
                 drop(buffer);
-            }))?;
+            };
+            start(name, Box::new(work))?;
         }
-        start(Box::new(threads::keep_awake))?;
+        start("uhmm-awake", Box::new(threads::keep_awake))?;
         drop(ready);
         // Nothing is ever sent: the last thread that has started ends the wait.
         let _: Result<(), _> = all_ready.recv();
