@@ -8,6 +8,7 @@ use super::resolve::{Resolution, Step};
 use crate::device::Transfer;
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
+use crate::notifier::Event;
 use crate::pagetable::PageWord;
 use crate::stats::Counter;
 
@@ -45,6 +46,8 @@ impl<H: Host> Mm<H> {
             return None;
         }
         let map = self.pagemaps.of(first);
+        let _told =
+            VaRange::of_pages(chunk, Geometry::M2.pages()).and_then(|whole| self.tell(whole, Event::Migrate));
         // SAFETY: the frame is the run's, which nobody else touches.
         let mut batch = [unsafe { Transfer::new(map.device_page(first), run.as_ptr(), run.pages()) }];
         map.device().read(&mut batch);

@@ -10,6 +10,7 @@ use crate::device::{Transfer, TransferError};
 use crate::frame::Slot;
 use crate::host::Host;
 use crate::mm::{Epoch, Mm};
+use crate::notifier::Event;
 use crate::pagemap::Pagemap;
 use crate::pagetable::PageWord;
 use crate::stats::{Counter, Skip, Skipped};
@@ -49,6 +50,7 @@ impl<H: Host> Mm<H> {
                     && entry.exchange(word, PageWord::moving_out(Self::huge_slot(*slot))).is_ok()
             })
             .count();
+        let _told = self.tell(chunk, Event::Migrate);
         let mut taken = PageCount::ZERO;
         if claimed == CHUNK_PAGES {
             // SAFETY: the words are claimed, the slots are the run's.

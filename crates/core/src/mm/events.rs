@@ -14,6 +14,7 @@ use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
 use super::Mm;
 use super::discard::Whose;
 use crate::host::Host;
+use crate::notifier::Event;
 use crate::pagetable::{Discard, Kind, PageWord, State};
 use crate::sync::WriteGuard;
 
@@ -30,6 +31,7 @@ impl<H: Host> Mm<H> {
     }
 
     fn give_up_contents(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
+        let _told = self.tell(range, Event::Clear);
         self.forget(layout, range, true);
         // Pages without a word may be there as well, and are not to leave before the kernel has taken them.
         let mut found = [VaRange::page(Vpn::new(0)); 16];
@@ -47,6 +49,7 @@ impl<H: Host> Mm<H> {
 
     /// The mapping of `range` is gone.
     pub fn unmapped(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
+        let _told = self.tell(range, Event::Unmap);
         self.note_change(layout, range);
         self.forget(layout, range, false);
     }
@@ -78,6 +81,7 @@ impl<H: Host> Mm<H> {
     /// its way out is at the new address, unless the fallback has taken it away, and then its slot is
     /// complete.
     pub fn remapped(&self, layout: &WriteGuard<'_, H>, from: VaRange, to: VirtAddr) {
+        let _told = self.tell(from, Event::Unmap);
         self.note_change(layout, from);
         for part in self.table.used(from) {
             for page in part.iter() {
@@ -147,6 +151,11 @@ impl<H: Host> Mm<H> {
         drop(self.layout.read(&self.host));
         self.own_discard.end();
         progress
+    }
+
+    /// The program forks: pages of `range` are shared with the child from now on, and replaced when written.
+    pub fn forked(&self, _layout: &WriteGuard<'_, H>, range: VaRange) {
+        drop(self.tell(range, Event::ProtectPage));
     }
 
     /// The words of a page in the child of a fork, made from the parent's under the layout lock: `copy` is

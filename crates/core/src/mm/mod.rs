@@ -34,6 +34,7 @@ use discard::OwnDiscard;
 use crate::fault::window::Windows;
 use crate::frame::Arena;
 use crate::host::Host;
+use crate::notifier::{Change, Event, Invalidation, Notifiers};
 use crate::pagemap::PagemapSet;
 use crate::pagetable::PageTable;
 use crate::stats::Stats;
@@ -53,6 +54,7 @@ pub struct Mm<H: Host> {
     pub(crate) windows: Windows,
     pub(crate) layout: Gate,
     pub(crate) stats: StatsHome,
+    notifiers: Notifiers,
     track: AtomicBool,
     // Pages that may still be taken from the system for faults; not limited where it is half of usize.
     allowance: AtomicUsize,
@@ -128,6 +130,7 @@ impl<H: Host> Mm<H> {
             windows,
             layout: Gate::new(),
             stats: stats.map_or_else(|| StatsHome::Own(Box::default()), StatsHome::Lent),
+            notifiers: Notifiers::new(),
             track: AtomicBool::new(track),
             allowance: AtomicUsize::new(usize::MAX / 2),
             prone: core::array::from_fn(|_| AtomicU32::new(0)),
@@ -208,9 +211,23 @@ impl<H: Host> Mm<H> {
         }
     }
 
-    /// Marks the space as closing; see [`Mm::is_closed`].
+    /// Who is told before pages change.
+    pub const fn notifiers(&self) -> &Notifiers {
+        &self.notifiers
+    }
+
+    /// Tells whoever subscribed that `range` changes, until the guard is dropped. Pages that move are claimed before
+    /// this and settled before its end: who collects meanwhile finds them moving, or waits.
+    pub(crate) fn tell(&self, range: VaRange, event: Event) -> Option<Invalidation<'_, H>> {
+        let told = self.notifiers.begin(&self.host, &Change::new(range, event));
+        debug_assert!(told.is_ok(), "a change that may block was refused");
+        told.ok()
+    }
+
+    /// Marks the space as closing, and tells whoever subscribed; see [`Mm::is_closed`].
     pub fn close(&self) {
         self.closed.store(true, core::sync::atomic::Ordering::Release);
+        self.notifiers.release(&self.host);
     }
 
     /// Whether the space is closing: threads that serve it come to an end.

@@ -79,6 +79,14 @@ impl PageTable {
         Self { words, first, pages, used, _owned: Some(owned) }
     }
 
+    /// The pages for which the table has words.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn range(&self) -> VaRange {
+        VaRange::of_pages(self.first, self.pages).expect("a table has words")
+    }
+
     /// Whether the table has a word for every page of `range`.
     pub fn covers(&self, range: VaRange) -> bool {
         self.first <= range.first() && range.end_page() <= self.first.forward(self.pages)

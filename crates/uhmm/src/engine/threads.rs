@@ -257,7 +257,10 @@ impl Handler<'_> {
                         mm.remapped(&layout, from, to);
                     }
                 }
-                Event::Fork(child) => self.hooks.forked(self.managed, &layout, child),
+                Event::Fork(child) => {
+                    mm.forked(&layout, mm.table().range());
+                    self.hooks.forked(self.managed, &layout, child);
+                }
             }
         }
         drop(layout);

@@ -38,8 +38,10 @@ use std::thread::JoinHandle;
 
 use uhmm_addr::{Geometry, PageCount, RangeError, VaRange};
 use uhmm_core::migrate::{Migrated, Select};
+use uhmm_core::notifier::{Subscriber, Subscription};
 use uhmm_core::pagemap::Pagemap;
 use uhmm_core::stats::{Counter, Skip, Skipped};
+use uhmm_sys::host::LinuxHost;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::signals::Blocked;
 use uhmm_sys::uffd::RegisterError;
@@ -158,6 +160,15 @@ impl Space {
         managed.unshare(range);
         let second = managed.mm().migrate(range, since, map, Select::All);
         Ok(Migrated { moved: first.moved.plus(second.moved), skipped: second.skipped })
+    }
+
+    /// Tells `subscriber` before pages of `range` change, until the subscription is dropped (the kernel's
+    /// `mmu_interval_notifier_insert`): pages that move to or from a device, contents that are given up, mappings
+    /// that go, a fork, the end of the space. What the program does past the space is told when its event is read,
+    /// which may be a moment after the pages went; the signal engine hears of none of that.
+    pub fn subscribe(&self, range: VaRange, subscriber: Arc<dyn Subscriber>) -> Subscription<'_, LinuxHost> {
+        let mm = self.inner.managed.mm();
+        mm.notifiers().subscribe(mm.host(), range, subscriber)
     }
 
     /// Brings the pages of `range` home ahead of any touch. Returns how many came.
