@@ -6,7 +6,8 @@
 //!        again. The agent has a few, its tables, as long as the process lives.
 //! Fork   the child starts with a heap of its own ([`Heap::renew`]): the parent's may have been locked, or
 //!        half changed, by a thread that the child does not have. What lies in the old one stays readable.
-//! Fails  as any allocator, with null, when a gigabyte is used up.
+//! Fails  as any allocator, with null, when a gigabyte is used up. Whether the address space has a gigabyte is to
+//!        be asked first ([`Heap::is_there`]): where an allocation fails, the program ends.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::UnsafeCell;
@@ -32,19 +33,28 @@ struct Pages {
     end: AtomicUsize,
 }
 
+impl Pages {
+    /// Whether there is a mapping; makes one if need be.
+    fn are_there(&self) -> bool {
+        if self.next.load(Ordering::Relaxed) != 0 {
+            return true;
+        }
+        let Ok(mapping) = Mapping::reserve(HEAP.bytes() as usize, "uhmm-heap") else { return false };
+        // Small pages: the heap is small, and a huge page would make it cost two megabytes.
+        let _ = mapping.advise_no_huge();
+        let range = mapping.leak();
+        self.end.store(range.end().get(), Ordering::Relaxed);
+        self.next.store(range.start().get(), Ordering::Relaxed);
+        true
+    }
+}
+
 // SAFETY: the pages handed out are fresh, zero, and given to nobody twice: `next` only grows.
 unsafe impl Allocator for &'static Pages {
     fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
         let size = size.next_multiple_of(1 << 16);
-        if self.next.load(Ordering::Relaxed) == 0 {
-            let Ok(mapping) = Mapping::reserve(HEAP.bytes() as usize, "uhmm-heap") else {
-                return (ptr::null_mut(), 0, 0);
-            };
-            // Small pages: the heap is small, and a huge page would make it cost two megabytes.
-            let _ = mapping.advise_no_huge();
-            let range = mapping.leak();
-            self.end.store(range.end().get(), Ordering::Relaxed);
-            self.next.store(range.start().get(), Ordering::Relaxed);
+        if !self.are_there() {
+            return (ptr::null_mut(), 0, 0);
         }
         let start = self.next.load(Ordering::Relaxed);
         if self.end.load(Ordering::Relaxed) - start < size {
@@ -97,6 +107,13 @@ impl Heap {
     fn inner(&self) -> &Lock<Dlmalloc<&'static Pages>> {
         // SAFETY: nobody writes the cell while others run (see `renew`).
         unsafe { &*self.inner.get() }
+    }
+
+    /// Whether there is memory for it.
+    pub fn is_there(&self) -> bool {
+        // The heap's lock guards the pages as well.
+        let _heap = self.inner().lock();
+        PAGES.are_there()
     }
 
     /// Starts afresh, in the child of a fork.

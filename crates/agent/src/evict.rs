@@ -9,6 +9,7 @@ use uhmm_addr::PageCount;
 use crate::adopt::ProcessGauge;
 use crate::fork::Evicting;
 use crate::process::Agent;
+use crate::start;
 
 /// Cycles without progress after which faults may go beyond the budget.
 const STUCK_CYCLES: u32 = 20;
@@ -16,16 +17,19 @@ const STUCK_CYCLES: u32 = 20;
 const BEYOND: PageCount = PageCount::new(64);
 
 /// The life of the evictor.
-pub fn run(agent: &'static Agent) {
+pub fn run(agent: &'static Agent, gauge: ProcessGauge) {
     agent.note_ours();
-    let Ok(gauge) = ProcessGauge::open(agent) else { return };
     let reclaimer = Reclaimer::new(agent.managed.clone(), agent.pagemap.clone());
     let mut governor = Governor::new(reclaimer, gauge, agent.budget);
-    let mut stuck = 0;
+    let (mut stuck, mut helped) = (0, false);
     while !agent.managed.mm().is_closed() {
         let seen = agent.managed.kicks();
         let evicting = Evicting::begin(agent);
         let outcome = governor.cycle();
+        if !helped && agent.wants_help() {
+            start::help();
+            helped = true;
+        }
         drop(evicting);
         agent.block.note_resident(governor.peak().size());
         agent.full.store(outcome == Outcome::Full, Ordering::Relaxed);

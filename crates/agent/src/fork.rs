@@ -22,7 +22,7 @@
 //! the child starts afresh. A program that forks past the C library's `fork` must not be run so.
 //!
 //! Fails  a child for which the keeper has nothing (the parent was killed inside `fork`) ends at once: it
-//!        would read zeros where its memory was.
+//!        would read zeros where its memory was. A child that inherits no memory of ours goes on without us.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -185,6 +185,10 @@ pub extern "C" fn child() {
     unsafe { std::ptr::read(&raw const parents.managed).abandon() };
     if let Err(error) = start::start(cookie) {
         start::complain(&error);
+        if cookie == 0 {
+            // Nothing is lost: it runs as it would without us.
+            return;
+        }
         process::die();
     }
     // SAFETY: the thread's key was set when it started, and its destructor forgets the thread.

@@ -51,7 +51,10 @@ static THREAD_KEY: AtomicU32 = AtomicU32::new(0);
 extern "C" fn constructor() {
     PTHREAD_CREATE.get();
     MADVISE.get();
-    let name = std::ffi::CString::new(ENV_SOCKET).unwrap_or_default();
+    // Without the heap, which there may be no room for.
+    let mut bytes = [0; ENV_SOCKET.len() + 1];
+    bytes[..ENV_SOCKET.len()].copy_from_slice(ENV_SOCKET.as_bytes());
+    let name = CStr::from_bytes_until_nul(&bytes).unwrap_or_default();
     // SAFETY: constructors run before the program can change its environment from another thread.
     let value = unsafe { libc::getenv(name.as_ptr()) };
     if value.is_null() {

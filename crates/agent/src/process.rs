@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -28,6 +28,9 @@ use crate::fork;
 /// memory gets.
 const FULL_PATIENCE: Duration = Duration::from_secs(3);
 
+/// Faults that the first handler answers by itself before others are worth being started.
+const ALONE: u32 = 16;
+
 /// Where the program's threads run.
 pub static THREADS: ThreadCpu = ThreadCpu::new();
 
@@ -44,6 +47,8 @@ pub struct Agent {
     pub table: Memfd,
     /// The device had no room when last asked.
     pub full: AtomicBool,
+    /// Answered so far, as far as [`ALONE`].
+    pub faults: AtomicU32,
 }
 
 impl Agent {
@@ -69,6 +74,11 @@ impl Agent {
     /// Whether a fork of this process raises an event.
     pub fn reports_forks(&self) -> bool {
         self.managed.mm().host().program().features().contains(Features::EVENT_FORK)
+    }
+
+    /// Whether there have been faults enough for threads that make them cheaper.
+    pub fn wants_help(&self) -> bool {
+        self.faults.load(Ordering::Relaxed) >= ALONE
     }
 
     /// Notes that the calling thread is one of ours.
@@ -122,5 +132,8 @@ impl Hooks for Agent {
         let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.block.latency.record(ns);
         self.block.waiting_ns.fetch_add(ns, Ordering::Relaxed);
+        if !self.wants_help() {
+            self.faults.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }

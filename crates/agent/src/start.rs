@@ -2,7 +2,9 @@
 //!
 //! The first raw thread is started without the program's file table, closes its copies of the program's
 //! files (a pipe held open here would keep somebody waiting for its end), connects to the keeper, builds the
-//! address space, starts the others, and becomes the first handler.
+//! address space, starts the evictor, and becomes the first handler. Threads that only help with faults come with
+//! the faults: a program ends, or becomes another one, when its last thread has ended, and the one of lowest priority
+//! takes its time where processors are busy. Most children of a shell have no faults.
 
 use std::ffi::CStr;
 use std::io;
@@ -25,8 +27,9 @@ use uhmm_sys::memfd::Memfd;
 use uhmm_sys::placement;
 use uhmm_sys::thread::{Files, RawThread, close_all_files_except};
 
-use crate::evict;
+use crate::adopt::ProcessGauge;
 use crate::process::{Agent, THREADS};
+use crate::{HEAP, evict};
 
 const STACK: usize = 512 << 10;
 const STARTING: u32 = 0;
@@ -41,6 +44,8 @@ const ARENA: ByteSize = ByteSize::gib(1);
 /// Why there is no agent in this process.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    #[error("there is no room for its heap")]
+    Heap,
     #[error("its threads cannot be started")]
     Thread(#[source] io::Error),
     #[error(transparent)]
@@ -49,6 +54,8 @@ pub enum StartError {
     Device(#[from] OpenError),
     #[error("memory of this uhmm run cannot be mapped")]
     Map(#[source] io::Error),
+    #[error("its memory cannot be measured")]
+    Gauge(#[source] io::Error),
     #[error(transparent)]
     Build(#[from] BuildError),
 }
@@ -77,6 +84,9 @@ pub fn remember_socket(name: &CStr) -> bool {
 /// Starts the agent's threads and waits until they serve. `cookie` is the number of the fork that made this
 /// process, 0 for a fresh one.
 pub fn start(cookie: u64) -> Result<(), StartError> {
+    if !HEAP.is_there() {
+        return Err(StartError::Heap);
+    }
     let start = Arc::new(Start { cookie, state: AtomicU32::new(STARTING), error: Lock::new(None) });
     let stack = Mapping::reserve(STACK, "uhmm-stack").map_err(StartError::Thread)?;
     let arg = Arc::into_raw(start.clone()).cast_mut().cast();
@@ -94,14 +104,25 @@ pub fn start(cookie: u64) -> Result<(), StartError> {
 
 /// Tells the program's user that something went wrong.
 pub fn complain(error: &StartError) {
+    if let StartError::Heap = error {
+        // Nothing can be put together without a heap.
+        return say("uhmm: a process has no room for uhmm in its address space (ulimit -v)\n");
+    }
     let mut text = format!("uhmm: process {}: {error}", rustix::process::getpid().as_raw_nonzero());
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
         source = cause.source();
     }
     text.push('\n');
+    say(&text);
+}
+
+fn say(text: &str) {
     // SAFETY: descriptor 2 is only written to; if the program closed it, that fails.
     let stderr = unsafe { rustix::fd::BorrowedFd::borrow_raw(2) };
     let _ = rustix::io::write(stderr, text.as_bytes());
@@ -112,17 +133,15 @@ extern "C" fn first(arg: *mut u8) {
     let start = unsafe { Arc::from_raw(arg.cast::<Start>()) };
     // SAFETY: this thread has a file table of its own, and no descriptor in it is anybody's.
     let _ = unsafe { close_all_files_except(&[]) };
+    // Two low numbers, free from now on: a program may lower its limit of descriptors and then fork, and a fork
+    // needs one for what watches the child and one for its table.
+    let low = rustix::pipe::pipe();
     let built = connect(start.cookie).and_then(|agent| {
         let agent = agent.publish();
-        spawn(c"uhmm-evict", evictor, ptr::from_ref(agent).cast_mut().cast())?;
-        let cpus = placement::allowed_cpus().map_err(StartError::Thread)?;
-        if cpus.count() > 1 {
-            for cpu in cpus.iter() {
-                let place = Box::into_raw(Box::new(cpu));
-                spawn(c"uhmm-pinned", pinned, place.cast())?;
-            }
-            spawn(c"uhmm-awake", keep_awake, ptr::null_mut())?;
-        }
+        let gauge = ProcessGauge::open(agent).map_err(StartError::Gauge)?;
+        drop(low);
+        // Behind all that can fail: with it, memory begins to be managed.
+        spawn(c"uhmm-evict", evictor, Box::into_raw(Box::new(gauge)).cast())?;
         Ok(agent)
     });
     let (state, agent) = match built {
@@ -140,6 +159,20 @@ extern "C" fn first(arg: *mut u8) {
     }
 }
 
+/// Starts the threads that make faults cheaper. To be called by the evictor, which may run everywhere, allocate and
+/// wait.
+pub fn help() {
+    let Ok(cpus) = placement::allowed_cpus() else { return };
+    if cpus.count() > 1 {
+        // Where no more threads are allowed, it is slower without them.
+        for cpu in cpus.iter() {
+            let place = Box::into_raw(Box::new(cpu));
+            let _ = spawn(c"uhmm-pinned", pinned, place.cast());
+        }
+        let _ = spawn(c"uhmm-awake", keep_awake, ptr::null_mut());
+    }
+}
+
 fn spawn(name: &CStr, entry: extern "C" fn(*mut u8), arg: *mut u8) -> Result<(), StartError> {
     let stack = Mapping::reserve(STACK, "uhmm-stack").map_err(StartError::Thread)?;
     // SAFETY: the entries of this file keep to the rules of raw threads and get what they expect; nobody
@@ -148,9 +181,12 @@ fn spawn(name: &CStr, entry: extern "C" fn(*mut u8), arg: *mut u8) -> Result<(),
     Ok(())
 }
 
-extern "C" fn evictor(agent: *mut u8) {
-    // SAFETY: the argument is the published agent, which lives for ever.
-    evict::run(unsafe { &*agent.cast::<Agent>() });
+extern "C" fn evictor(gauge: *mut u8) {
+    // SAFETY: `first` made the box for this thread.
+    let gauge = *unsafe { Box::from_raw(gauge.cast::<ProcessGauge>()) };
+    if let Some(agent) = Agent::get() {
+        evict::run(agent, gauge);
+    }
 }
 
 extern "C" fn pinned(cpu: *mut u8) {
@@ -214,6 +250,7 @@ fn connect(cookie: u64) -> Result<Agent, StartError> {
         keeper: Lock::new(connection),
         table,
         full: AtomicBool::new(false),
+        faults: AtomicU32::new(0),
     })
 }
 
