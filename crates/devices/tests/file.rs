@@ -7,6 +7,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use common::{LoopDevice, Scratch, SmallFileSystem, output};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use uhmm_addr::{ByteSize, PageCount};
 use uhmm_core::device::{Device, DevicePage, TransferError};
 use uhmm_devices::{DeviceUrl, FileDevice, FileOptions, OpenError, OpenOptions, Opened};
@@ -95,6 +97,59 @@ fn files_are_private_and_temporary_ones_have_no_name() {
     assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 1);
     assert_eq!((temporary.path(), temporary.name()), (&*directory.0, "file:?size=8MiB"));
     assert_eq!(named.name(), format!("file:{}?size=8MiB", directory.file("far.img").display()));
+}
+
+/// Has the kernel refuse nameless files to the calling thread, as file systems do that have none.
+fn without_nameless_files() {
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const BITS: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    let refusal = libc::SECCOMP_RET_ERRNO | libc::EOPNOTSUPP as u32;
+    // The number of the call, and its second and third argument. Jumps count from the next instruction.
+    let (number, second, third) = (0, 24, 32);
+    let nameless = (libc::O_TMPFILE & !libc::O_DIRECTORY) as u32;
+    let mut filter = [
+        (LOAD, 0, 0, number),
+        (EQUAL, 1, 0, libc::SYS_open as u32),
+        (EQUAL, 2, 4, libc::SYS_openat as u32),
+        (LOAD, 0, 0, second),
+        (BITS, 3, 2, nameless),
+        (LOAD, 0, 0, third),
+        (BITS, 1, 0, nameless),
+        (RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+        (RETURN, 0, 0, refusal),
+    ]
+    .map(|(code, jt, jf, k)| libc::sock_filter { code: code as u16, jt, jf, k });
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the program and its instructions are as the kernel wants them, and live until the call returns.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+    }
+}
+
+#[test]
+fn where_there_are_no_nameless_files_the_name_is_taken_away_at_once() {
+    let directory = Scratch::new("/var/tmp");
+    let work = || {
+        without_nameless_files();
+        let flags = OFlags::TMPFILE | OFlags::RDWR;
+        assert_eq!(rustix::fs::open(&directory.0, flags, Mode::RUSR).unwrap_err(), Errno::OPNOTSUPP);
+        for options in ways() {
+            let device = options.temporary(Some(&directory.0), Some(SIZE)).unwrap();
+            let stat = rustix::fs::fstat(device.fd()).unwrap();
+            assert_eq!((stat.st_mode & 0o777, stat.st_size as u64, stat.st_nlink), (0o600, SIZE.bytes(), 0));
+            assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 0);
+            let mut ram = Ram::new(2);
+            ram.stamp(0, 7);
+            write(&device, &ram, &[(0, 1, 5)]);
+            read(&device, &ram, &[(1, 1, 5)]);
+            assert_eq!(ram.stamp_of(1), Some(7), "{options:?}");
+        }
+    };
+    // The refusal is the thread's.
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap());
 }
 
 #[test]
