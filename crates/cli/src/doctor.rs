@@ -4,6 +4,7 @@ use serde::Serialize;
 use uhmm_sys::probe::{self, CapabilityRow};
 
 use crate::exit::{End, Failure};
+use crate::print;
 use crate::run::able;
 
 #[derive(Serialize)]
@@ -35,25 +36,26 @@ pub(crate) fn doctor(json: bool) -> Result<End, Failure> {
             reason: able.as_ref().err().map(String::as_str),
             capabilities: rows.iter().map(row).collect(),
         };
-        println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+        print::line(&serde_json::to_string_pretty(&report).map_err(Failure::failed)?)?;
         return Ok(End::Done);
     }
     let width = |of: fn(&CapabilityRow) -> &str| {
         rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0).min(44)
     };
     let (names, details) = (width(|row| row.name), width(|row| &row.detail));
-    println!("Linux {}", found.kernel);
+    let mut text = format!("Linux {}\n", found.kernel);
     for row in &rows {
         let have = if row.have { "have   " } else { "missing" };
-        println!("{have}  {:names$}  {:details$}  for {}", row.name, row.detail, row.needed_for);
+        text += &format!("{have}  {:names$}  {:details$}  for {}\n", row.name, row.detail, row.needed_for);
         if let Some(grant) = &row.grant {
-            println!("         {:names$}  to grant it: {grant}", "");
+            text += &format!("         {:names$}  to grant it: {grant}\n", "");
         }
     }
-    match able {
-        Ok(()) => println!("uhmm run works for this user: yes"),
-        Err(why) => println!("uhmm run works for this user: no, because {why}"),
-    }
+    text += &match able {
+        Ok(()) => "uhmm run works for this user: yes".into(),
+        Err(why) => format!("uhmm run works for this user: no, because {why}"),
+    };
+    print::line(&text)?;
     Ok(End::Done)
 }
 

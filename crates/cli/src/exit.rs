@@ -8,10 +8,15 @@
 //! | 126   | the program exists and cannot be executed                                |
 //! | 127   | the program does not exist                                               |
 //! | other | the program's own; a program that a signal ended ends uhmm by the same   |
+//!
+//! Where nobody reads what was asked for, it ends by SIGPIPE, as programs do.
 
 use std::fmt::Display;
 
+use rustix::process::Signal;
 use uhmm_sys::child;
+
+use crate::print;
 
 /// It failed.
 const FAILED: i32 = 1;
@@ -33,6 +38,8 @@ pub(crate) enum Failure {
     NotExecutable(String),
     /// The program does not exist.
     NotFound(String),
+    /// Nobody reads what was asked for.
+    Unread,
 }
 
 impl Failure {
@@ -78,7 +85,8 @@ pub(crate) fn with(result: Result<End, Failure>) -> ! {
         Err(Failure::Usage(why)) => (USAGE, why),
         Err(Failure::NotExecutable(why)) => (NOT_EXECUTABLE, why),
         Err(Failure::NotFound(why)) => (NOT_FOUND, why),
+        Err(Failure::Unread) => child::die_by(Signal::PIPE.as_raw()),
     };
-    eprintln!("uhmm: {why}");
+    print::note(&format!("uhmm: {why}"));
     std::process::exit(code)
 }

@@ -1,7 +1,7 @@
 //! The `uhmm` command.
 //!
 //! What     [`args`] reads the command line; [`run`], [`doctor`] and [`bench`] are the three commands; [`exit`]
-//!          is the one place that knows exit codes.
+//!          is the one place that knows exit codes, [`print`] the one that writes to the standard files.
 //! Owns     nothing that outlives a command, but the keeper process of `run`.
 //! Fails    with a message that says what was wrong and what to do, and an exit code.
 #![forbid(unsafe_code)]
@@ -10,6 +10,7 @@ mod args;
 mod bench;
 mod doctor;
 mod exit;
+mod print;
 mod run;
 
 use clap::Parser;

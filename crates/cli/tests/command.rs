@@ -177,6 +177,75 @@ fn programs_that_cannot_be_helped_are_refused_or_run_as_they_are() {
 }
 
 #[test]
+fn programs_with_file_capabilities_are_refused_or_run_as_they_are() {
+    if !able() {
+        return;
+    }
+    let place = Place::new("capabilities");
+    let program = place.file("capable", 0o755, &fs::read("/bin/true").unwrap());
+    // Revision 2, effective: permitted is CAP_NET_RAW (13), nothing is inherited.
+    let words: [u32; 5] = [0x0200_0001, 1 << 13, 0, 0, 0];
+    let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    let flags = rustix::fs::XattrFlags::empty();
+    if let Err(errno) = rustix::fs::setxattr(&program, "security.capability", &bytes, flags) {
+        println!("skipped: a file cannot be given capabilities here: {errno}");
+        return;
+    }
+    let script = place.file("script", 0o755, format!("#!{program}\n").as_bytes());
+    for name in [&program, &script] {
+        let refused = output(&["run", "--ram", "64MiB", "--", name]);
+        assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
+        assert!(
+            said(&refused).contains("capabilities") && said(&refused).contains(&program),
+            "{}",
+            said(&refused)
+        );
+        let run = output(&["run", "--ram", "64MiB", "--best-effort", "--", name]);
+        assert_eq!(run.status.code(), Some(0), "{}", said(&run));
+        assert!(said(&run).contains("runs as it is"));
+    }
+}
+
+#[test]
+fn limits_that_leave_no_room_for_an_agent_are_said() {
+    for limit in ["ulimit -v", "ulimit -f"] {
+        for (options, code) in
+            [(&["run", "--ram", "64MiB"][..], 2), (&["run", "--ram", "64MiB", "--best-effort"], 6)]
+        {
+            let mut shell = Command::new("sh");
+            shell
+                .arg("-c")
+                .arg(format!("{limit} 8000000; exec \"$@\""))
+                .arg("sh")
+                .arg(env!("CARGO_BIN_EXE_uhmm"));
+            let output = shell.args(options).args(["--", "sh", "-c", "exit 6"]).output().unwrap();
+            assert_eq!(output.status.code(), Some(code), "{limit}: {}", said(&output));
+            assert!(said(&output).contains(limit), "{}", said(&output));
+        }
+    }
+}
+
+#[test]
+fn where_nothing_can_be_written_the_program_s_end_is_still_ours() {
+    if !able() {
+        return;
+    }
+    let full = || Stdio::from(fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    // Nobody reads from it.
+    let unread = || Stdio::from(std::io::pipe().unwrap().1);
+    for errors in [full(), unread()] {
+        let mut run = uhmm(&["run", "--ram", "64MiB", "--", "sh", "-c", "exit 3"]);
+        assert_eq!(run.stderr(errors).status().unwrap().code(), Some(3));
+    }
+    for args in [&["doctor"][..], &["doctor", "--json"]] {
+        assert_eq!(uhmm(args).stdout(unread()).status().unwrap().signal(), Some(13));
+        let output = uhmm(args).stdout(full()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(said(&output).contains("standard output"), "{}", said(&output));
+    }
+}
+
+#[test]
 fn the_program_s_end_is_ours() {
     if !able() {
         return;

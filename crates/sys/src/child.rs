@@ -1,7 +1,8 @@
 //! A program as a child, by a process that wants to be as if it were not there.
 //!
-//! What     [`helper`], a process beside this one; [`Watch`], under which a program is started and
-//!          its signals are passed on; [`Change`], what became of it; [`die_by`], to end as it ended.
+//! What     [`helper`], a process beside this one; [`Watch`], under which a program is started and its signals
+//!          are passed on, and with which this process stops as the program did; [`Change`], what became of it;
+//!          [`die_by`], to end as it ended.
 //! Why      who runs `uhmm run prog` must see `prog`: its exit code, its signals, its place in job control.
 //! Owns     a [`Watch`] the signal mask of the calling thread, until it is dropped.
 //! Fails    with the kernel's error.
@@ -9,6 +10,8 @@
 use core::ffi::CStr;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
+use core::time::Duration;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
@@ -18,6 +21,11 @@ use rustix::fd::BorrowedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus};
+
+/// Descriptors that a helper wants to be allowed: what the kernel gives at most, as long as nobody asks it for more.
+const FILES: u64 = 1 << 20;
+/// Time between two looks at a program that is stopped.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// On which side of a fork one is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,7 +59,8 @@ pub fn exit_now(code: i32) -> ! {
 /// none of the descriptors that this process inherited when it was started. Those that were opened since are
 /// closed on exec, as the standard library and this crate open all of theirs, and that is how they are told
 /// apart: whoever opens others must not use them in `run`. Those in `without`, which only this process should
-/// have, are closed in the helper.
+/// have, are closed in the helper. It may have as many descriptors as it can be allowed: how few its starter wants
+/// a program to have is not meant for it.
 ///
 /// Refused with `EBUSY` where this process has more than one thread: the helper would have the calling one alone,
 /// and the locks of the others for ever.
@@ -72,6 +81,7 @@ pub fn helper(name: &CStr, without: &[BorrowedFd<'_>], run: impl FnOnce()) -> io
             // SAFETY: this process has one thread, and what it would miss is its caller's business, as said.
             let code = match unsafe { become_daemon() } {
                 Ok(()) => {
+                    allow_files();
                     run();
                     0
                 }
@@ -108,14 +118,30 @@ unsafe fn become_daemon() -> io::Result<()> {
     Ok(())
 }
 
+/// Allows this process as many descriptors as it can be.
+fn allow_files() {
+    let limit = |most| Rlimit { current: most, maximum: most };
+    // Above the maximum takes a right.
+    if rustix::process::setrlimit(Resource::Nofile, limit(Some(FILES))).is_err() {
+        let most = rustix::process::getrlimit(Resource::Nofile).maximum;
+        let _ = rustix::process::setrlimit(Resource::Nofile, limit(most));
+    }
+}
+
 /// Signals that are passed on to the program, or noticed.
-const WATCHED: [libc::c_int; 10] = [
+const WATCHED: [libc::c_int; 16] = [
     libc::SIGHUP,
     libc::SIGINT,
     libc::SIGQUIT,
     libc::SIGTERM,
     libc::SIGUSR1,
     libc::SIGUSR2,
+    libc::SIGABRT,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
     libc::SIGWINCH,
     libc::SIGTSTP,
     libc::SIGCONT,
@@ -142,12 +168,16 @@ pub struct Watch {
 }
 
 fn watched() -> libc::sigset_t {
+    set_of(&WATCHED)
+}
+
+fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
     // SAFETY: `sigemptyset` initialises the set, and the others change a set that is.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
-        for signal in WATCHED {
-            libc::sigaddset(set.as_mut_ptr(), signal);
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), *signal);
         }
         set.assume_init()
     }
@@ -206,6 +236,76 @@ impl Watch {
             }
         }
     }
+
+    /// Stops this process because `program`, a child, was stopped: whoever waits for this process is to see that.
+    /// Goes on when somebody continues this process, which continues `program`, or when somebody continues or kills
+    /// `program` alone. Does not stop at all if somebody has continued this process since the program was stopped.
+    pub fn stop_with(&self, program: Pid) {
+        let pass_on = self.was_continued() || {
+            let lookout = Lookout::post(program);
+            let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::STOP);
+            let by_lookout = lookout.and_then(Lookout::withdraw).unwrap_or(false);
+            self.was_continued() && !by_lookout
+        };
+        if pass_on {
+            let _ = rustix::process::kill_process(program, Signal::CONT);
+        }
+    }
+
+    /// Whether a request to continue waits; it is taken.
+    fn was_continued(&self) -> bool {
+        let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: set and time are initialised, and nothing is to be told of the signal.
+        unsafe {
+            libc::sigtimedwait(&set_of(&[libc::SIGCONT]), core::ptr::null_mut(), &at_once) == libc::SIGCONT
+        }
+    }
+}
+
+/// A process that continues this one when a program is not stopped any more: a process that is stopped itself cannot
+/// see that.
+struct Lookout(Pid);
+
+impl Lookout {
+    fn post(program: Pid) -> io::Result<Self> {
+        let state_of = |pid: Pid| File::open(format!("/proc/{}/stat", pid.as_raw_pid()));
+        let front = rustix::process::getpid();
+        let (program, front_state) = (state_of(program)?, state_of(front)?);
+        // SAFETY: the child makes system calls, with memory on its stack, and ends.
+        match unsafe { fork() }? {
+            Side::Parent(pid) => Ok(Self(pid)),
+            Side::Child => {
+                // Not to be stopped with the others.
+                let _ = rustix::process::setsid();
+                let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+                while rustix::process::getppid() == Some(front) {
+                    if is_stopped(&front_state) && !is_stopped(&program) {
+                        let _ = rustix::process::kill_process(front, Signal::CONT);
+                        exit_now(0);
+                    }
+                    std::thread::sleep(LOOK);
+                }
+                exit_now(1)
+            }
+        }
+    }
+
+    /// Ends it. Whether it had continued this process.
+    fn withdraw(self) -> io::Result<bool> {
+        let _ = rustix::process::kill_process(self.0, Signal::KILL);
+        let ended =
+            rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(self.0), WaitOptions::empty()))?;
+        Ok(ended.is_some_and(|(_, status)| status.exit_status() == Some(0)))
+    }
+}
+
+/// Whether a process is stopped, by its `/proc/<pid>/stat`. Allocates nothing.
+fn is_stopped(stat: &File) -> bool {
+    let mut bytes = [0; 512];
+    let len = rustix::io::pread(stat, &mut bytes, 0).unwrap_or(0);
+    let name_end = bytes[..len].iter().rposition(|byte| *byte == b')');
+    // A letter behind the name in parentheses.
+    name_end.and_then(|end| bytes.get(end + 2)).is_some_and(|state| matches!(state, b'T' | b't'))
 }
 
 impl Drop for Watch {

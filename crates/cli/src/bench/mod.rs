@@ -14,6 +14,7 @@ use serde::Serialize;
 use uhmm::Geometry;
 
 use crate::exit::{End, Failure};
+use crate::print;
 use migrate::{Way, migrate};
 use row::{RowError, Scale};
 
@@ -72,14 +73,14 @@ pub(crate) fn bench(names: &[String], json: bool, quick: bool) -> Result<End, Fa
         let measure = measure.map_err(|why| Failure::Failed(format!("{}: {why}", row.name)))?;
         if !json {
             if found.is_empty() {
-                println!("{}", heading());
+                print::line(&heading())?;
             }
-            println!("{}", line(&measure));
+            print::line(&line(&measure))?;
         }
         found.push(measure);
     }
     if json {
-        println!("{}", serde_json::to_string_pretty(&found).map_err(Failure::failed)?);
+        print::line(&serde_json::to_string_pretty(&found).map_err(Failure::failed)?)?;
     }
     Ok(End::Done)
 }

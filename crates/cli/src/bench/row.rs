@@ -8,6 +8,7 @@ use uhmm::{ByteSize, PageCount, Skipped};
 
 use super::Measure;
 use super::samples::Samples;
+use crate::print;
 
 /// How much is measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -117,9 +118,9 @@ impl Pair {
         for (whose, samples) in [("its times", &self.ours), ("the limit's times", &self.limit)] {
             if samples.spread() > NOISY {
                 let spread = samples.spread() * 100.0;
-                eprintln!(
+                print::note(&format!(
                     "uhmm: {name}: {whose} differ by {spread:.0} %: the machine is busy, measure again"
-                );
+                ));
             }
         }
         let (ours, limit) = (self.ours.median(), self.limit.median());

@@ -17,25 +17,35 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use uhmm::tree::client;
 use uhmm::tree::keeper::{Tree, TreeOptions};
-use uhmm::tree::protocol::ENV_SOCKET;
+use uhmm::tree::protocol::{ENV_SOCKET, TABLE_FILE_BYTES};
 use uhmm::tree::shared::Totals;
 use uhmm_addr::ByteSize;
-use uhmm_devices::{DeviceUrl, FileOptions, OpenOptions, Opened};
+use uhmm_devices::{DeviceUrl, FileOptions, OpenError, OpenOptions, Opened};
 use uhmm_sys::child::{self, Change, Watch};
 use uhmm_sys::socket::Connection;
 use uhmm_sys::uffd::{Features, Uffd};
 
 use crate::args::RunArgs;
 use crate::exit::{End, Failure};
+use crate::print;
 use program::{Program, ProgramError};
 use summary::Ran;
 
 /// Less than this, no program gets anywhere.
 const FLOOR: ByteSize = ByteSize::mib(4);
+/// An agent's page table fits into less, of address space and of a file. Little of it is ever used.
+const ROOM: ByteSize = ByteSize::new(2 * TABLE_FILE_BYTES);
+/// How long a device may be in use yet: the keeper of a run that has ended stays for 2 s, for who may be about to
+/// come back.
+const HANDOVER: Duration = Duration::from_secs(3);
+/// Time between two attempts to open a device.
+const ATTEMPT: Duration = Duration::from_millis(20);
 /// What a program is managed with at the least. Without any of these, contents could be lost.
 const NEEDED: [(Features, &str); 4] = [
     (Features::WP, "write protection (Linux 5.7)"),
@@ -93,16 +103,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<End, Failure> {
         Some(start_keeper(args, &url, &mut command)?)
     };
     let end = attend(command, name)?;
-    let totals = match front.as_ref().map(client::report) {
-        Some(Ok(totals)) => Some(totals),
-        Some(Err(error)) => {
-            eprintln!("uhmm: no statistics: {error}");
-            None
-        }
-        None => None,
-    };
+    let totals = front.as_ref().and_then(Front::report);
     if let (Some(totals), false) = (&totals, args.quiet) {
-        eprintln!("{}", summary::line(args.ram, totals));
+        print::note(&summary::line(args.ram, totals));
     }
     if let Some(file) = stats {
         let ran = Ran {
@@ -119,10 +122,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<End, Failure> {
 
 /// Whether to run the program without an agent, because it cannot have one.
 fn unaided(program: &Program, best_effort: bool) -> Result<bool, Failure> {
-    match &program.helpless {
+    let helpless = program.helpless.as_ref().map(|(file, why)| (file, why.to_string()));
+    match helpless.or_else(|| cramped().map(|why| (&program.path, why))) {
         None => Ok(false),
         Some((file, why)) if best_effort => {
-            eprintln!("uhmm: {} runs as it is: {why}", file.display());
+            print::note(&format!("uhmm: {} runs as it is: {why}", file.display()));
             Ok(true)
         }
         Some((file, why)) => Err(Failure::Usage(format!(
@@ -132,28 +136,74 @@ fn unaided(program: &Program, best_effort: bool) -> Result<bool, Failure> {
     }
 }
 
+/// Why there is no room for an agent in any program that is started here.
+fn cramped() -> Option<String> {
+    let limits =
+        [(Resource::As, "address space is", "ulimit -v"), (Resource::Fsize, "files are", "ulimit -f")];
+    limits.into_iter().find_map(|(resource, what, command)| {
+        let limit = ByteSize::new(getrlimit(resource).current?);
+        let why = || format!("its {what} limited to {limit} ({command}), which has no room for a page table");
+        (limit < ROOM).then(why)
+    })
+}
+
 fn write_stats(mut file: File, ran: &Ran<'_>, totals: &Totals) {
     let text = summary::json(ran, totals).map_err(std::io::Error::from);
     // The program's end is worth more than ours: it decides the exit code.
     if let Err(error) = text.and_then(|text| writeln!(file, "{text}")) {
-        eprintln!("uhmm: the statistics cannot be written: {error}");
+        print::note(&format!("uhmm: the statistics cannot be written: {error}"));
     }
 }
 
-/// Starts the keeper, and makes `command` load the agent. Gives the connection over which the keeper reports.
-fn start_keeper(args: &RunArgs, url: &DeviceUrl, command: &mut Command) -> Result<Connection, Failure> {
+/// What this process knows of the keeper.
+struct Front {
+    connection: Connection,
+    keeper: Pid,
+}
+
+impl Front {
+    /// What happened, as the keeper knows it.
+    fn report(&self) -> Option<Totals> {
+        let error = match client::report(&self.connection) {
+            Ok(totals) => return Some(totals),
+            Err(error) => error,
+        };
+        print::note(&match child::change_of(self.keeper) {
+            Ok(Some(Change::Killed(signal))) => {
+                format!("uhmm: no statistics: the keeper of this uhmm run was killed by signal {signal}")
+            }
+            _ => format!("uhmm: no statistics: {error}"),
+        });
+        None
+    }
+}
+
+/// Opens the device, for which another run may have to let go of it.
+fn open_device(url: &DeviceUrl) -> Result<Opened, OpenError> {
     // The keeper is forked, which rings of io_uring do not survive. Agents make their own.
     let file = FileOptions::default().io_uring(false);
-    let device = Opened::open(url, OpenOptions { shared: true, file })
-        .map_err(|error| Failure::usage(format!("--device {}: {error}", args.device)))?;
+    let start = Instant::now();
+    loop {
+        match Opened::open(url, OpenOptions { shared: true, file }) {
+            Err(OpenError::Busy { .. }) if start.elapsed() < HANDOVER => thread::sleep(ATTEMPT),
+            done => return done,
+        }
+    }
+}
+
+/// Starts the keeper, and makes `command` load the agent.
+fn start_keeper(args: &RunArgs, url: &DeviceUrl, command: &mut Command) -> Result<Front, Failure> {
+    let device =
+        open_device(url).map_err(|error| Failure::usage(format!("--device {}: {error}", args.device)))?;
     let options =
         TreeOptions { budget: args.ram, force_fallback: args.force_fallback, track: !args.no_track };
     let tree = Tree::prepare(&device, AGENT, options).map_err(Failure::failed)?;
-    let (front, end) = Connection::pair().map_err(Failure::failed)?;
+    let (connection, end) = Connection::pair()
+        .map_err(|error| Failure::Failed(format!("cannot make the keeper's connection: {error}")))?;
     let socket = tree.socket_name().to_owned();
     let library = tree.agent_path();
     // This process's own copies of what the keeper has are closed with the closure.
-    let keeper = child::helper(c"uhmm-keeper", &[front.as_fd()], move || tree.keep(end))
+    let keeper = child::helper(c"uhmm-keeper", &[connection.as_fd()], move || tree.keep(end))
         .map_err(|error| Failure::Failed(format!("the keeper process cannot be started: {error}")))?;
     let agent = library(keeper.as_raw_pid() as u32);
     let before = env::var_os(PRELOAD).filter(|before| !before.is_empty());
@@ -163,7 +213,7 @@ fn start_keeper(args: &RunArgs, url: &DeviceUrl, command: &mut Command) -> Resul
         preload.push(before);
     }
     command.env(PRELOAD, preload).env(ENV_SOCKET, socket);
-    Ok(front)
+    Ok(Front { connection, keeper })
 }
 
 /// Starts the program and stays until it has ended.
@@ -183,9 +233,9 @@ fn attend(mut command: Command, name: &OsStr) -> Result<End, Failure> {
         match child::change_of(program).map_err(Failure::failed)? {
             Some(Change::Exited(code)) => return Ok(End::Code(code)),
             Some(Change::Killed(signal)) => return Ok(End::Signal(signal)),
-            // The shell in front of us is to see it. Whoever continues us continues the program.
+            // The shell in front of us is to see it.
             Some(Change::Stopped) => {
-                let _ = kill_process(rustix::process::getpid(), Signal::STOP);
+                watch.stop_with(program);
                 continue;
             }
             None => {}

@@ -18,8 +18,8 @@ use rustix::io::Errno;
 
 /// As the C library has it when there is none.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
-/// Interpreters of interpreters that the kernel follows.
-const DEPTH: usize = 5;
+/// Files that the kernel looks into for one program: it, its interpreter, the interpreter of that, and so on.
+const DEPTH: usize = 6;
 /// The first line of a script, as far as the kernel reads it.
 const LINE: usize = 256;
 

@@ -84,6 +84,18 @@ fn scripts_are_followed_to_their_interpreters() {
 }
 
 #[test]
+fn as_many_interpreters_are_followed_as_the_kernel_follows() {
+    let place = Place::new("depth");
+    let mut interpreter = PathBuf::from("/bin/true");
+    for depth in 1..=6 {
+        let text = format!("#!{}\n", interpreter.display());
+        interpreter = place.file(&format!("script-{depth}"), 0o755, text.as_bytes());
+        let started = std::process::Command::new(&interpreter).status();
+        assert_eq!(inspect(&interpreter).is_ok(), started.is_ok(), "{depth}: {started:?}");
+    }
+}
+
+#[test]
 fn names_are_looked_up_as_execvp_does() {
     let (one, two) = (Place::new("one"), Place::new("two"));
     let dynamic = an_elf(2, 62, &[3]);
