@@ -170,9 +170,12 @@ impl<H: Host> Mm<H> {
         let pinned = word.is_pinned();
         let child = match (word.state(), word.kind()) {
             (State::Staged, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
-                let slot = word.slot().expect("these words name their slot");
-                if !word.is_discarded() {
-                    copy(page, self.slot_address(slot));
+                let slot = self.slot_address(word.slot().expect("these words name their slot"));
+                // A page that is being copied out may not be there yet: the child has it where it was, then. To
+                // read an empty slot would be a fault for whoever holds the layout lock.
+                let filled = word.kind() != Some(Kind::Out) || self.is_present(slot.page());
+                if filled && !word.is_discarded() {
+                    copy(page, slot);
                 }
                 PageWord::RESIDENT
             }
