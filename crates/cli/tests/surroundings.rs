@@ -95,7 +95,11 @@ struct Talk {
 
 impl Talk {
     fn start(program: &str, arguments: &[&str]) -> Self {
-        let mut command = run(&["--ram", RAM, "--quiet"], program, arguments);
+        let run = run(&["--ram", RAM, "--quiet"], program, arguments);
+        // Whoever runs the tests may have signals ignored (`nohup`, a shell's background), which a shell cannot trap.
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(run.get_program()).args(run.get_args());
+        command.envs(run.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut front = command.spawn().unwrap();
         let out = BufReader::new(front.stdout.take().unwrap());
