@@ -35,6 +35,10 @@ const SCAN_PAGES: PageCount = PageCount::new(4 * CHUNK_PAGES);
 const REGIONS: usize = 64;
 /// Pages that are staged in one go.
 const STAGE_BATCH: PageCount = PageCount::new(128);
+/// Bytes that a program writes to fresh memory in a microsecond, at the most.
+const FASTEST: u64 = 4096;
+const SHORTEST_NAP: Duration = Duration::from_millis(1);
+const LONGEST_NAP: Duration = Duration::from_millis(10);
 /// A page of the greatest heat is tried once in 32 laps.
 const MOST_LAPS: u32 = 33;
 
@@ -275,7 +279,7 @@ impl<G: Gauge> Governor<G> {
             if self.idle_cycles.is_multiple_of(64) {
                 self.reclaimer.pagemap().trim(4);
             }
-            return Outcome::Room(self.nap(room));
+            return Outcome::Room(Self::nap(room));
         }
         self.idle_cycles = 0;
         let mut fruitless = 0;
@@ -329,13 +333,9 @@ impl<G: Gauge> Governor<G> {
         (moved || !released.is_zero(), written)
     }
 
-    fn nap(&self, room: PageCount) -> Duration {
-        Duration::from_millis(if room.get() < self.high.get() * 4 {
-            1
-        } else if room.get() < self.budget.get() / 2 {
-            2
-        } else {
-            10
-        })
+    /// As long as no program can fill half of the room: fresh memory is not held up before eviction begins.
+    fn nap(room: PageCount) -> Duration {
+        let micros = room.size().bytes() / 2 / FASTEST;
+        Duration::from_micros(micros).clamp(SHORTEST_NAP, LONGEST_NAP)
     }
 }
