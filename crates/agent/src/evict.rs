@@ -18,7 +18,7 @@ const BEYOND: PageCount = PageCount::new(64);
 
 /// The life of the evictor.
 pub fn run(agent: &'static Agent, gauge: ProcessGauge) {
-    agent.note_ours();
+    agent.managed.note_ours();
     let reclaimer = Reclaimer::new(agent.managed.clone(), agent.pagemap.clone());
     let mut governor = Governor::new(reclaimer, gauge, agent.budget);
     let (mut stuck, mut helped) = (0, false);

@@ -1,6 +1,5 @@
 //! The state of this process, and what its handler threads are told to do.
 
-use std::num::NonZeroU32;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
@@ -79,14 +78,6 @@ impl Agent {
     /// Whether there have been faults enough for threads that make them cheaper.
     pub fn wants_help(&self) -> bool {
         self.faults.load(Ordering::Relaxed) >= ALONE
-    }
-
-    /// Notes that the calling thread is one of ours.
-    pub fn note_ours(&self) {
-        let tid = rustix::thread::gettid().as_raw_nonzero().get() as u32;
-        if let Some(tid) = NonZeroU32::new(tid) {
-            self.managed.note_ours(tid);
-        }
     }
 
     /// Keeps the calling thread's block in RAM: handlers read there where the thread runs, and the kernel

@@ -10,6 +10,8 @@
 #[cfg(all(test, loom))]
 pub(crate) mod loom;
 
+use alloc::boxed::Box;
+
 #[cfg(not(loom))]
 pub use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
@@ -24,6 +26,23 @@ pub trait Park: Send + Sync {
 
     /// Wakes every thread that sleeps on `word`.
     fn unpark(&self, word: &AtomicU32);
+}
+
+/// So many values whose bytes are all zero, in memory that is not touched before they are; loom's have more to them
+/// than their bytes, and are made one by one.
+///
+/// # Safety
+/// All bytes zero must be a valid `T`, and the same as its default.
+pub(crate) unsafe fn zeroed<T: Default>(count: usize) -> Box<[T]> {
+    #[cfg(not(loom))]
+    {
+        // SAFETY: the caller's promise.
+        unsafe { Box::<[T]>::new_zeroed_slice(count).assume_init() }
+    }
+    #[cfg(loom)]
+    {
+        (0..count).map(|_| T::default()).collect()
+    }
 }
 
 /// Tells the processor (or the model) that this thread waits for another one.

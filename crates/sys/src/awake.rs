@@ -12,7 +12,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use crate::clock::now;
 
 /// The longest wait: what `guest_halt_poll_ns` is by default.
 const LONGEST: Duration = Duration::from_micros(200);
@@ -66,12 +66,6 @@ impl Awake {
             }
         }
     }
-}
-
-/// The time since some fixed moment.
-fn now() -> Duration {
-    let time = clock_gettime(ClockId::Monotonic);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 #[cfg(test)]

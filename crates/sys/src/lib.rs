@@ -12,6 +12,7 @@
 
 pub mod awake;
 pub mod child;
+pub mod clock;
 pub mod futex;
 pub mod host;
 pub mod mapping;

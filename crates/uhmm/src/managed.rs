@@ -9,7 +9,6 @@
 //! Fails   [`BuildError`]: no userfaultfd for this user, or no address space.
 
 use std::io;
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -141,6 +140,11 @@ impl Drop for Lent<'_> {
     fn drop(&mut self) {
         self.slot.store(0, Ordering::Release);
     }
+}
+
+/// The number of the calling thread.
+fn this_thread() -> u32 {
+    rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()
 }
 
 /// In the place of a thread of ours: it is not one for the moment. Thread numbers are smaller.
@@ -388,18 +392,18 @@ impl Managed {
         })
     }
 
-    /// Notes that the thread `tid` is one of ours and may touch managed memory under its own claims.
-    pub fn note_ours(&self, tid: NonZeroU32) {
-        let free = |slot: &&AtomicU32| {
-            slot.compare_exchange(0, tid.get(), Ordering::AcqRel, Ordering::Acquire).is_ok()
-        };
+    /// Notes that the calling thread is one of ours for good, and may touch managed memory under its own claims.
+    pub fn note_ours(&self) {
+        let tid = this_thread();
+        let free =
+            |slot: &&AtomicU32| slot.compare_exchange(0, tid, Ordering::AcqRel, Ordering::Acquire).is_ok();
         let noted = self.ours.iter().find(free).is_some();
         debug_assert!(noted, "more threads of our own than there is room for");
     }
 
     /// Notes the calling thread as one of ours until the guard is dropped: it is about to migrate.
     pub fn lend_thread(&self) -> Lent<'_> {
-        let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        let tid = this_thread();
         loop {
             let free = |slot: &&AtomicU32| {
                 slot.compare_exchange(0, tid, Ordering::AcqRel, Ordering::Acquire).is_ok()
@@ -413,7 +417,7 @@ impl Managed {
 
     /// Makes the calling thread nobody of ours until the guard is dropped.
     fn withdraw_thread(&self) -> Withdrawn<'_> {
-        let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        let tid = this_thread();
         let slot = self.ours.iter().find(|slot| slot.load(Ordering::Relaxed) == tid);
         if let Some(slot) = slot {
             slot.store(tid | AWAY, Ordering::Release);

@@ -33,7 +33,7 @@ impl<H: Host> Mm<H> {
         let Some((mut first, claimed)) = self.claim_window(page, word, asked, scratch) else {
             return Step::Again;
         };
-        let _told = VaRange::of_pages(first, claimed).and_then(|claimed| self.tell(claimed, Event::Migrate));
+        let _told = self.tell(VaRange::page(first).grow(claimed), Event::Migrate);
         // Frames: a tracked page must be copied in; otherwise free frames of the arena take its place. A copy
         // takes a page from the system, whatever it is made from, and that is what the allowance is for. One page
         // by itself is copied as well: to copy it is faster than to have every processor forget where its frame was.

@@ -46,12 +46,11 @@ impl<H: Host> Mm<H> {
             return None;
         }
         let map = self.pagemaps.of(first);
-        let _told =
-            VaRange::of_pages(chunk, Geometry::M2.pages()).and_then(|whole| self.tell(whole, Event::Migrate));
+        let range = VaRange::page(chunk).grow(Geometry::M2.pages());
+        let _told = self.tell(range, Event::Migrate);
         // SAFETY: the frame is the run's, which nobody else touches.
         let mut batch = [unsafe { Transfer::new(map.device_page(first), run.as_ptr(), run.pages()) }];
         map.device().read(&mut batch);
-        let range = VaRange::page(chunk).grow(Geometry::M2.pages());
         let layout = self.layout.read(&self.host);
         let whole = self.wanted(chunk, PageCount::ZERO, Geometry::M2.pages()).get() == CHUNK_PAGES;
         if batch[0].outcome().is_err() || !whole {

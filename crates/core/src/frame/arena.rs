@@ -9,7 +9,7 @@ use uhmm_addr::{Geometry, PageCount, Pfn, VaRange, VirtAddr, Vpn};
 
 use super::bitmap::Bitmap;
 use super::run::{Empty, Framed, Run, RunState};
-use crate::sync::{AtomicU32, AtomicU64, Gate, Ordering, Park};
+use crate::sync::{AtomicU32, AtomicU64, Gate, Ordering, Park, zeroed};
 
 /// Number of a slot in its arena.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -29,8 +29,7 @@ impl Slot {
 }
 
 /// What is known about a slot while somebody owns it. All zero is a free slot.
-#[derive(Debug)]
-#[cfg_attr(loom, derive(Default))]
+#[derive(Debug, Default)]
 struct Descriptor {
     /// 0 in the pool, 1 owned.
     count: AtomicU32,
@@ -38,20 +37,6 @@ struct Descriptor {
     page: AtomicU64,
     /// 1 + the pfn of a device page with the same contents; 0 for none.
     copy: AtomicU64,
-}
-
-/// So many descriptors of free slots, in memory that is not touched before they are.
-fn free_descriptors(count: usize) -> Box<[Descriptor]> {
-    #[cfg(not(loom))]
-    {
-        let zeroed: Box<[core::mem::MaybeUninit<Descriptor>]> = Box::new_zeroed_slice(count);
-        // SAFETY: all bytes are zero, which is a descriptor: three atomic integers.
-        unsafe { zeroed.assume_init() }
-    }
-    #[cfg(loom)]
-    {
-        (0..count).map(|_| Descriptor::default()).collect()
-    }
 }
 
 struct Pool {
@@ -96,7 +81,8 @@ impl Arena {
         Self {
             base: range.start(),
             unit,
-            descriptors: free_descriptors(slots << unit.order()),
+            // SAFETY: all bytes zero are a descriptor: three atomic integers.
+            descriptors: unsafe { zeroed(slots << unit.order()) },
             pool: UnsafeCell::new(pool),
             gate: Gate::new(),
         }

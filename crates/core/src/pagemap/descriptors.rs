@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 
 use uhmm_addr::{CHUNK_PAGES, PageCount};
 
-use crate::sync::{AtomicU32, Ordering};
+use crate::sync::{AtomicU32, Ordering, zeroed};
 
 /// Pages in a group: the step in which a device gets its space back.
 pub const GROUP_PAGES: usize = if cfg!(loom) { 2 } else { CHUNK_PAGES };
@@ -54,7 +54,8 @@ unsafe impl Sync for Descriptors {}
 
 impl Descriptors {
     pub(super) fn owned(pages: PageCount) -> Self {
-        let owned: Box<[AtomicU32]> = zeroed_words(words_for(pages.get()));
+        // SAFETY: all bytes zero are an atomic integer.
+        let owned: Box<[AtomicU32]> = unsafe { zeroed(words_for(pages.get())) };
         let words = NonNull::from(&*owned).cast();
         Self { words, pages: pages.get(), _owned: Some(owned) }
     }
@@ -237,18 +238,5 @@ impl Descriptors {
 
     pub(super) fn unguard(&self, group: usize) {
         self.word(1 + group).store(0, Ordering::Release);
-    }
-}
-
-fn zeroed_words(len: usize) -> Box<[AtomicU32]> {
-    #[cfg(not(loom))]
-    {
-        let words: Box<[core::mem::MaybeUninit<AtomicU32>]> = Box::new_zeroed_slice(len);
-        // SAFETY: all bytes are zero, which is a valid `AtomicU32`.
-        unsafe { words.assume_init() }
-    }
-    #[cfg(loom)]
-    {
-        (0..len).map(|_| AtomicU32::new(0)).collect()
     }
 }

@@ -13,10 +13,10 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use uhmm_sys::clock::now;
 use uhmm_sys::futex;
 use uhmm_sys::placement;
 
-use super::threads::now;
 use crate::managed::Managed;
 
 /// Faults that follow each other closely before it is a storm.

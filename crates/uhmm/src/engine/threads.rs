@@ -20,11 +20,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::time::{ClockId, clock_gettime};
 use uhmm_addr::VaRange;
 use uhmm_core::fault::{Fault, Resolution, Scratch};
 use uhmm_core::sync::WriteGuard;
 use uhmm_sys::awake::Awake;
+use uhmm_sys::clock::now;
 use uhmm_sys::futex;
 use uhmm_sys::host::LinuxHost;
 use uhmm_sys::placement::{self, Cpus, ThreadCpu};
@@ -80,12 +80,6 @@ struct Held {
     fault: Fault,
     thread: u32,
     since: Duration,
-}
-
-/// The time since some fixed moment.
-pub(super) fn now() -> Duration {
-    let time = clock_gettime(ClockId::Monotonic);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 impl Crew {

@@ -30,11 +30,7 @@ impl Inner {
         let mut governor = Governor::new(reclaimer, gauge, limit.pages());
         let thread = std::thread::Builder::new().name("uhmm-evict".into()).spawn(move || {
             let _blocked = Blocked::all();
-            if let Ok(tid) = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get())
-                && let Some(tid) = std::num::NonZeroU32::new(tid)
-            {
-                managed.note_ours(tid);
-            }
+            managed.note_ours();
             while !managed.mm().is_closed() {
                 let seen = managed.kicks();
                 let nap = match governor.cycle() {
