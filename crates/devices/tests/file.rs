@@ -153,6 +153,20 @@ fn where_there_are_no_nameless_files_the_name_is_taken_away_at_once() {
 }
 
 #[test]
+fn space_is_taken_ahead_of_what_is_written_and_reads_as_zeros() {
+    let directory = Scratch::new("/var/tmp");
+    let device = FileDevice::temporary(Some(&directory.0), Some(SIZE)).unwrap();
+    let mut ram = Ram::new(2);
+    ram.stamp(0, 7);
+    write(&device, &ram, &[(0, 1, 3)]);
+    if device.direct() {
+        assert_eq!(blocks(&device) * 512, SIZE.bytes(), "writes that follow find their blocks");
+    }
+    read(&device, &ram, &[(0, 1, 2), (1, 1, 3)]);
+    assert_eq!((ram.stamp_of(0), ram.stamp_of(1)), (Some(0), Some(7)));
+}
+
+#[test]
 fn a_discard_returns_the_space() {
     let device = FileDevice::temporary(Some(Path::new("/var/tmp")), Some(SIZE)).unwrap();
     let mut ram = Ram::new(512);

@@ -2,8 +2,8 @@
 //!
 //! What     [`FileDevice`]: page `n` is the 4096 bytes at offset `n * 4096`.
 //! Why      the memory that everybody has more of: a disk.
-//! How      `awake` waits for what a fault needs, `opening` gets a descriptor with the right size, `ring` carries batches through io_uring, and
-//!          `positioned` carries them with `preadv`/`pwritev`: what is one request, where that is faster; everything
+//! How      `opening` gets a descriptor with the right size, `ahead` has space found before it is written,
+//!          `awake` waits for what a fault needs, `ring` carries batches through io_uring, and `positioned` carries them with `preadv`/`pwritev`: what is one request, where that is faster; everything
 //!          where io_uring is refused or all rings are busy; and whatever a ring did not finish.
 //! Owns     the descriptor and the rings. An existing file's bytes are what its pages read as until they are
 //!          written; a new file reads as zeros.
@@ -17,6 +17,7 @@
 //! After a fork the child's copy of a `FileDevice` works, with positioned calls: rings belong to the process
 //! that made them. A child that wants rings makes its own device from [`FileDevice::handle`].
 
+mod ahead;
 mod opening;
 mod positioned;
 mod ring;
@@ -34,6 +35,7 @@ use uhmm_sys::awake::Awake;
 pub use opening::FileOptions;
 
 use crate::{Backing, Handle, OUT_OF_RANGE, OpenError, fits};
+use ahead::Ahead;
 use ring::Rings;
 
 /// A device that is a regular file or a block device.
@@ -47,6 +49,7 @@ pub struct FileDevice {
     rings: Option<Rings>,
     keeps_space: AtomicBool,
     awake: Awake,
+    ahead: Ahead,
 }
 
 impl FileDevice {
@@ -133,6 +136,10 @@ impl Device for FileDevice {
     }
 
     fn write(&self, batch: &mut [Transfer]) {
+        let size = self.pages.bytes() as u64;
+        let parts = batch.iter().filter(|part| fits(self.pages, part.page(), part.pages()));
+        let end = parts.map(|part| part.page().offset() + part.bytes() as u64).max();
+        self.ahead.reach(self.fd(), end.unwrap_or(0), size);
         self.carry(Direction::Write, batch, false);
     }
 

@@ -21,6 +21,7 @@ use uhmm_addr::{ByteSize, PAGE_SIZE};
 use uhmm_sys::awake::Awake;
 
 use super::FileDevice;
+use super::ahead::Ahead;
 use super::ring::Rings;
 use crate::{DeviceUrl, OpenError, whole_pages};
 
@@ -226,6 +227,8 @@ impl FileOptions {
         name: String,
     ) -> Result<FileDevice, OpenError> {
         let pages = whole_pages(size)?;
+        // In memory there are no blocks to be had ahead, and through the page cache nobody waits for them.
+        let ahead = direct && is_regular_on_disk(&fd);
         let rings = if self.io_uring { Rings::new(self.rings, fd.as_fd()) } else { None };
         Ok(FileDevice {
             name,
@@ -236,6 +239,7 @@ impl FileOptions {
             rings,
             keeps_space: AtomicBool::new(false),
             awake: Awake::default(),
+            ahead: Ahead::new(ahead),
         })
     }
 }
@@ -249,6 +253,13 @@ fn takes_pages(fd: &OwnedFd) -> bool {
         }
         _ => true,
     }
+}
+
+/// A regular file whose file system is not memory.
+fn is_regular_on_disk(fd: &OwnedFd) -> bool {
+    let regular = rustix::fs::fstat(fd)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+    regular && rustix::fs::fstatfs(fd).is_ok_and(|fs| !matches!(fs.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 fn file_size(fd: &OwnedFd, path: &Path) -> Result<u64, OpenError> {
