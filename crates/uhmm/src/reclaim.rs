@@ -24,6 +24,7 @@ use uhmm_core::migrate::{Select, WriteBack};
 use uhmm_core::mm::Epoch;
 use uhmm_core::pagemap::Pagemap;
 use uhmm_core::stats::{Skip, Skipped};
+use uhmm_sys::clock::now;
 use uhmm_sys::scan::Region;
 
 use crate::managed::Managed;
@@ -37,6 +38,8 @@ const REGIONS: usize = 64;
 const STAGE_BATCH: PageCount = PageCount::new(128);
 /// Bytes that a program writes to fresh memory in a microsecond, at the most.
 const FASTEST: u64 = 4096;
+/// From the decision to evict until there is room, with some to spare.
+const LEAD: Duration = Duration::from_millis(8);
 const SHORTEST_NAP: Duration = Duration::from_millis(1);
 const LONGEST_NAP: Duration = Duration::from_millis(10);
 /// A page of the greatest heat is tried once in 32 laps.
@@ -205,15 +208,44 @@ pub enum Outcome {
     Failed,
 }
 
+/// How fast room is used up.
+#[derive(Debug, Default)]
+struct Pace {
+    /// What there was at the last look, and when that was.
+    room: PageCount,
+    at: Duration,
+    /// Pages in the time of a lead, falling by a quarter with each look.
+    lead: PageCount,
+}
+
+impl Pace {
+    /// The pages that will be gone, at the pace of late, before eviction has made room for others.
+    fn lead(&mut self, room: PageCount) -> PageCount {
+        let at = now();
+        let elapsed = at.saturating_sub(self.at).as_micros().max(1);
+        let used = self.room.minus(room).get() as u128 * LEAD.as_micros() / elapsed;
+        let falling = PageCount::new(self.lead.get() / 4 * 3);
+        self.lead = falling.max(PageCount::new(usize::try_from(used).unwrap_or(usize::MAX)));
+        (self.at, self.room) = (at, room);
+        self.lead
+    }
+
+    /// There is `room` after a round.
+    fn left(&mut self, room: PageCount) {
+        (self.at, self.room) = (now(), room);
+    }
+}
+
 /// Keeps an address space inside its budget.
 #[derive(Debug)]
 pub struct Governor<G> {
     reclaimer: Reclaimer,
     gauge: G,
     budget: PageCount,
-    /// Free room at which eviction starts, and at which it ends.
-    low: PageCount,
-    high: PageCount,
+    /// Bounds of the free room at which eviction starts.
+    lowest_low: PageCount,
+    highest_low: PageCount,
+    pace: Pace,
     /// The fewest pages that one round tries to free.
     least: PageCount,
     /// Staged pages that get the chance to be touched.
@@ -230,14 +262,13 @@ impl<G: Gauge> Governor<G> {
         let part = |divisor: usize, least: usize, most: usize| {
             PageCount::new((budget.get() / divisor).clamp(least, most))
         };
-        let low = part(64, 64, 1024);
-        reclaimer.managed().set_low_water(low);
         Self {
             reclaimer,
             gauge,
             budget,
-            low,
-            high: part(24, 128, 2560),
+            lowest_low: part(256, 32, 256),
+            highest_low: part(64, 64, 1024),
+            pace: Pace::default(),
             least: part(128, 16, 128),
             second_chance: part(8, 64, 1 << 15),
             keep: part(128, 16, 512),
@@ -273,7 +304,11 @@ impl<G: Gauge> Governor<G> {
     /// Looks once, and evicts until there is room.
     pub fn cycle(&mut self) -> Outcome {
         let mut room = self.room();
-        if room >= self.low {
+        let low = self.pace.lead(room).max(self.lowest_low).at_most(self.highest_low);
+        // Where more is taken in the time of a round, more is made room for.
+        let high = PageCount::new(low.get() * 8 / 3).max(low.plus(self.least));
+        self.reclaimer.managed().set_low_water(low);
+        if room >= low {
             self.reclaimer.managed().mm().stop_growth(false);
             self.idle_cycles = self.idle_cycles.saturating_add(1);
             if self.idle_cycles.is_multiple_of(64) {
@@ -283,11 +318,11 @@ impl<G: Gauge> Governor<G> {
         }
         self.idle_cycles = 0;
         let mut fruitless = 0;
-        while room < self.high {
+        while room < high {
             self.gauge.adopt();
             // Never a page at a time behind a program that takes a page at a time: short writes cost the disk
             // as much as long ones, and the program's reads wait behind them.
-            let (progress, written) = self.step(self.high.minus(room).max(self.least));
+            let (progress, written) = self.step(high.minus(room).max(self.least));
             let before = room;
             room = self.room();
             self.reclaimer.managed().announce_room();
@@ -298,7 +333,7 @@ impl<G: Gauge> Governor<G> {
             fruitless += 1;
             if fruitless >= 3 {
                 return match written {
-                    _ if room >= self.low => Outcome::Room(Duration::from_millis(1)),
+                    _ if room >= low => Outcome::Room(Duration::from_millis(1)),
                     WriteBack { full, .. } if !full.is_zero() => {
                         // What comes home makes room on the device; what grows does not.
                         self.reclaimer.managed().mm().stop_growth(true);
@@ -309,6 +344,7 @@ impl<G: Gauge> Governor<G> {
                 };
             }
         }
+        self.pace.left(room);
         self.reclaimer.managed().mm().stop_growth(false);
         // A device that fills up cannot afford copies of pages that are home.
         let map = self.reclaimer.pagemap();
