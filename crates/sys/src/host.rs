@@ -28,6 +28,7 @@ use uhmm_core::sync::{AtomicU32, Park};
 
 use crate::futex::Lock;
 use crate::mapping::Mapping;
+use crate::relay::Relay;
 use crate::scan::{Categories, PagemapScan, Query, Region, Scanned};
 use crate::uffd::{Features, Mode, Uffd};
 
@@ -50,6 +51,7 @@ pub struct LinuxHost {
     chute: Option<Chute>,
     forced_fallback: bool,
     scanner: PagemapScan,
+    relay: Relay,
 }
 
 /// Addresses through which frames leave without an event.
@@ -76,26 +78,41 @@ impl Chute {
         Ok(Self { uffd, addresses, one_at_a_time: Lock::new(()) })
     }
 
-    /// Lets go of the frames of `slots`. `false` if some frame could not be moved.
+    /// Lets go of the frames of `runs`. `false` if some frame could not be moved.
+    ///
+    /// Frames are moved run by run and discarded together: each call has other processors forget addresses.
     ///
     /// # Safety
     /// The slots must be the caller's own.
-    unsafe fn drop_frames(&self, slots: VaRange) -> bool {
-        let mut rest = Some(slots);
-        while let Some(part) = rest {
-            let _alone = self.one_at_a_time.lock();
-            let pages = part.pages().at_most(CHUTE);
-            let to = self.addresses.range();
-            // SAFETY: the source is the caller's own, the destination ours and empty.
-            let progress = unsafe { self.uffd.move_pages(to.start(), part.start(), pages, false) };
-            // SAFETY: what was moved here is wanted by nobody.
-            let gone = unsafe { dont_need(to.take(pages)) };
-            if progress.done.is_zero() || gone.is_err() {
-                return false;
+    unsafe fn drop_frames(&self, runs: &[VaRange]) -> bool {
+        let _alone = self.one_at_a_time.lock();
+        let mut filled = PageCount::ZERO;
+        for run in runs {
+            let mut rest = Some(*run);
+            while let Some(part) = rest {
+                let pages = part.pages().at_most(CHUTE);
+                if filled.plus(pages) > CHUTE && !self.empty(&mut filled) {
+                    return false;
+                }
+                let to = self.addresses.range().first().forward(filled).base();
+                // SAFETY: the source is the caller's own, the destination ours and empty.
+                let progress = unsafe { self.uffd.move_pages(to, part.start(), pages, false) };
+                filled = filled.plus(progress.done);
+                if progress.done.is_zero() {
+                    self.empty(&mut filled);
+                    return false;
+                }
+                rest = part.skip(progress.done);
             }
-            rest = part.skip(progress.done);
         }
-        true
+        self.empty(&mut filled)
+    }
+
+    /// Discards the first `filled` pages. `false` if that was refused.
+    fn empty(&self, filled: &mut PageCount) -> bool {
+        let pages = core::mem::replace(filled, PageCount::ZERO);
+        // SAFETY: what was moved here is wanted by nobody.
+        pages.is_zero() || unsafe { dont_need(self.addresses.range().take(pages)) }.is_ok()
     }
 }
 
@@ -109,7 +126,7 @@ impl LinuxHost {
         debug_assert!(chute.is_some() || !program.features().contains(Features::EVENT_REMOVE));
         let scanner =
             if options.forced_pagemap { PagemapScan::open_fallback() } else { PagemapScan::open() }?;
-        Ok(Self { program, chute, forced_fallback: options.forced_fallback, scanner })
+        Ok(Self { program, chute, forced_fallback: options.forced_fallback, scanner, relay: Relay::new() })
     }
 
     /// The descriptor that watches the program's memory and the arena.
@@ -120,6 +137,24 @@ impl LinuxHost {
     /// Tells what is present.
     pub const fn scanner(&self) -> &PagemapScan {
         &self.scanner
+    }
+
+    /// Where wake-ups are left to a thread on the faulter's processor.
+    pub const fn relay(&self) -> &Relay {
+        &self.relay
+    }
+
+    /// Wakes again for what the relay's listener took and may not have got round to; to be called before
+    /// sleeping, and when nothing happens.
+    pub fn settle(&self) {
+        self.relay.settle(|range| self.program.wake(range));
+    }
+
+    /// Wakes whoever waits for the pages of `range` that were installed without that.
+    fn wake_installed(&self, range: VaRange) {
+        if !self.relay.offer(range) {
+            self.program.wake(range);
+        }
     }
 
     /// Gives the process frames of its own for pages of `range` that it shares with a child or a parent after
@@ -213,9 +248,17 @@ impl Host for LinuxHost {
     }
 
     unsafe fn install_copy(&self, source: NonNull<u8>, range: VaRange, how: Install) -> Progress {
+        let relayed = self.relay.is_listening();
         // SAFETY: the caller says that `source` is readable for that length and not managed, so that
         // reading it raises no fault that we would have to resolve.
-        unsafe { self.program.copy(range, source, how, true) }
+        let progress = unsafe { self.program.copy(range, source, how, !relayed) };
+        if relayed && !progress.done.is_zero() {
+            self.wake_installed(range.take(progress.done));
+        }
+        if !relayed {
+            self.settle();
+        }
+        progress
     }
 
     unsafe fn copy_out(&self, range: VaRange, slot: VirtAddr) -> Progress {
@@ -280,18 +323,21 @@ impl Host for LinuxHost {
         (scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE)))
     }
 
-    unsafe fn release(&self, slots: VaRange) {
+    unsafe fn release(&self, runs: &[VaRange]) {
         let released = match &self.chute {
             // SAFETY: as above.
             Some(chute) if chute.uffd.features().contains(Features::MOVE) => unsafe {
-                chute.drop_frames(slots)
+                chute.drop_frames(runs)
             },
             _ => false,
         };
-        if !released {
+        if released {
+            return;
+        }
+        for run in runs {
             // SAFETY: as above. With events enabled this waits until the event is read, which is why the
             // chute comes first.
-            let result = unsafe { dont_need(slots) };
+            let result = unsafe { dont_need(*run) };
             debug_assert!(result.is_ok(), "arena slots are mapped, anonymous and not locked");
         }
     }

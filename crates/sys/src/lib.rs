@@ -21,6 +21,7 @@ pub mod memfd;
 pub mod meter;
 pub mod placement;
 pub mod probe;
+pub mod relay;
 pub mod scan;
 pub mod signals;
 pub mod socket;

@@ -69,7 +69,7 @@ impl<H: Host> Mm<H> {
             drop(layout);
             put_back(progress.done.get()..CHUNK_PAGES);
             // SAFETY: the run is ours.
-            unsafe { self.host.release(run.range()) };
+            unsafe { self.host.release(&[run.range()]) };
             drop(run.emptied());
             return Some(Step::Done(match progress.stop {
                 _ if progress.done.get() > page.in_chunk() => Resolution::Resolved(progress.done),

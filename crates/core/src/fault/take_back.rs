@@ -34,7 +34,11 @@ impl<H: Host> Mm<H> {
         let how = if keep_copy { Install::Tracked } else { Install::Writable };
         let mut moved = false;
         let mut stop = Stop::Refused;
-        if !word.is_writing() && !keep_copy {
+        // One page is copied sooner than every processor is made to forget where its frame was; but a copy takes
+        // a frame from the system.
+        let takes_move = !word.is_writing() && !keep_copy;
+        let copying = takes_move && self.take_allowance(PageCount::ONE).is_some();
+        if takes_move && !copying {
             // SAFETY: the slot came out of the word by the exchange above: it is ours.
             let progress = unsafe { self.host.install(arena.address(index), range) };
             moved = progress.is_complete();
@@ -43,6 +47,9 @@ impl<H: Host> Mm<H> {
         if stop == Stop::Refused {
             // SAFETY: as above; while a device reads the slot, it holds the contents all the same.
             stop = unsafe { self.host.install_copy(source, range, how) }.stop;
+            if copying && stop != Stop::Complete {
+                self.grant(PageCount::ONE);
+            }
         }
         if !matches!(stop, Stop::Complete | Stop::Present | Stop::Unmapped | Stop::Exiting) {
             let left = entry.leave(word);

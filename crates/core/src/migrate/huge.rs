@@ -71,7 +71,7 @@ impl<H: Host> Mm<H> {
             }
             if !taken.is_zero() {
                 // SAFETY: the slots are the run's, and nobody needs what they hold.
-                unsafe { self.host.release(run.range()) };
+                unsafe { self.host.release(&[run.range()]) };
             }
             to.put_range(pages);
             return None;

@@ -7,7 +7,7 @@
 //! Locks   the pool's gate, inside the arena.
 //! Fails   nothing here fails.
 
-use uhmm_addr::{Geometry, PageCount, VirtAddr};
+use uhmm_addr::{Geometry, PageCount, VaRange, VirtAddr, Vpn};
 
 use super::Mm;
 use crate::frame::{Arena, Slot};
@@ -16,6 +16,8 @@ use crate::pagetable::{PageWord, State};
 
 /// Slots of the 2 MiB arena are numbered from here on.
 const HUGE_SLOTS: u32 = 1 << 31;
+/// Runs of frames that are released together.
+const RUNS: usize = 32;
 
 impl<H: Host> Mm<H> {
     pub(crate) fn arena_of(&self, slot: Slot) -> (&Arena, Slot) {
@@ -38,14 +40,24 @@ impl<H: Host> Mm<H> {
     /// Lets up to `most` free frames of the arena go back to the system. Returns how many went.
     pub fn release_frames(&self, most: PageCount) -> PageCount {
         let mut released = PageCount::ZERO;
-        while released < most {
-            let Some(run) = self.arena.take_framed(&self.host, most.minus(released)) else { break };
-            // SAFETY: the run is ours, and becomes an empty one.
-            unsafe { self.host.release(run.range()) };
-            released = released.plus(run.pages());
-            drop(run.emptied());
+        loop {
+            let mut runs: [_; RUNS] = [const { None }; RUNS];
+            let mut ranges = [VaRange::page(Vpn::new(0)); RUNS];
+            let mut taken = 0;
+            while taken < RUNS && released < most {
+                let Some(run) = self.arena.take_framed(&self.host, most.minus(released)) else { break };
+                released = released.plus(run.pages());
+                ranges[taken] = run.range();
+                runs[taken] = Some(run);
+                taken += 1;
+            }
+            if taken == 0 {
+                return released;
+            }
+            // SAFETY: the runs are ours, and become empty ones.
+            unsafe { self.host.release(&ranges[..taken]) };
+            runs.into_iter().flatten().for_each(|run| drop(run.emptied()));
         }
-        released
     }
 
     /// Frees what a word owned that has just become something else.

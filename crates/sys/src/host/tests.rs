@@ -99,7 +99,7 @@ fn a_first_store_beside_a_move_is_never_lost() {
         let _all = Release(&begun, &host, page);
         for round in 1..=rounds {
             // SAFETY: as above; nobody needs what lies in the slot.
-            unsafe { host.release(arena.part(0, 1)) };
+            unsafe { host.release(&[arena.part(0, 1)]) };
             assert!(host.install_zero(page).is_complete());
             begun.store(round, Ordering::Release);
             // SAFETY: as above.
@@ -155,7 +155,7 @@ fn the_copying_way_round_trips() {
         assert!(host.install_copy(source, memory.part(0, 2), Install::Tracked).is_complete());
         assert!(host.install_zero(memory.part(2, 2)).is_complete());
         assert_eq!((memory.ends(1), memory.ends(3)), ((0xa5, 0xa5), (0, 0)));
-        host.release(arena.range());
+        host.release(&[arena.range()]);
         let mut out = [crate::scan::Region::UNUSED; 4];
         assert_eq!(host.scanner().present(arena.range(), &mut out).unwrap().regions, 0);
     }

@@ -414,9 +414,9 @@ impl Host for SimHost {
         (filled, range.end_page())
     }
 
-    unsafe fn release(&self, slots: VaRange) {
+    unsafe fn release(&self, runs: &[VaRange]) {
         let mut state = self.lock();
-        for slot in slots.iter() {
+        for slot in runs.iter().flat_map(|run| run.iter()) {
             let index = self.arena.index(slot.base());
             state.framed.remove(&index);
             state.huge_frames.remove(&(index / CHUNK_PAGES));

@@ -5,6 +5,7 @@
 //! Why     a processor that has nothing to do halts, and a halted one takes longer to wake than a good disk
 //!         takes to answer: 30 to 70 us where it is virtual. The kernel's `haltpoll` governor does the same for
 //!         itself; where it is not in use we do it, for a storm of faults only.
+//!         Being there, it also does the wake-ups that the handlers leave to it ([`uhmm_sys::relay`]).
 //! Policy  the thread is `SCHED_IDLE`: whatever else can run goes first, and the scheduler takes its processor for
 //!         an idle one, so that the faulting thread wakes up where it was.
 //! Ends    a storm ends when no fault came for [`QUIET`]; the thread sleeps then.
@@ -25,7 +26,7 @@ const STORM: u32 = 4;
 const QUIET: Duration = Duration::from_millis(4);
 /// How often the thread looks whether the space is closing.
 const IDLE: Duration = Duration::from_millis(100);
-/// Looks at nothing, between two looks at the clock.
+/// Looks at the relay, between two looks at the clock.
 const SPINS: u32 = 200;
 
 /// Whether faults follow each other closely, and where.
@@ -77,6 +78,8 @@ pub(super) fn keep_awake(managed: &Managed, halt: &HaltPoll) {
     if placement::yield_to_all().is_err() {
         return;
     }
+    let relay = managed.mm().host().relay();
+    let wake = |range| managed.mm().host().program().wake(range);
     let mut here = None;
     while !managed.mm().is_closed() {
         if halt.storm.load(Ordering::Acquire) == 0 {
@@ -91,11 +94,13 @@ pub(super) fn keep_awake(managed: &Managed, halt: &HaltPoll) {
             here = place;
         }
         for _ in 0..SPINS {
+            relay.listen(wake);
             std::hint::spin_loop();
         }
         let last = Duration::from_nanos(halt.last.load(Ordering::Relaxed));
         if now().saturating_sub(last) > QUIET {
             halt.storm.store(0, Ordering::Release);
+            relay.leave(wake);
         }
     }
 }

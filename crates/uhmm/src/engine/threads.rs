@@ -72,6 +72,8 @@ const HANDS: usize = 2 * uhmm_sys::uffd::event::CAPACITY;
 const CROWD: u32 = 4;
 /// Faults of one thread for each time that it is asked where it may run.
 const ASK: u32 = 64;
+/// A wake-up that was left to another thread, and after which nothing happened for so long, is done again.
+const LATE: Duration = Duration::from_micros(30);
 const IDLE: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_millis(10);
 
@@ -209,11 +211,18 @@ impl Handler<'_> {
         let most = Timespec { tv_sec: most.as_secs() as i64, tv_nsec: i64::from(most.subsec_nanos()) };
         let mut fds = [PollFd::new(uffd, PollFlags::IN)];
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if self.crew.awake.begin()
-            && self.crew.awake.wait(|| poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0))
-        {
+        let host = self.managed.mm().host();
+        let start = now();
+        let ready = || {
+            if now().saturating_sub(start) > LATE {
+                host.settle();
+            }
+            poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
+        };
+        if self.crew.awake.begin() && self.crew.awake.wait(ready) {
             return true;
         }
+        host.settle();
         poll(&mut fds, Some(&most)).is_ok_and(|ready| ready > 0)
     }
 
