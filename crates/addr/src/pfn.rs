@@ -10,12 +10,12 @@ use crate::PageCount;
 pub struct Pfn(u64);
 
 impl Pfn {
-    /// Bits that a pfn may use: 48, which is 2^60 bytes.
-    pub const BITS: u32 = 48;
+    /// Bits that a pfn may use: 40, which is 4 PiB.
+    pub const BITS: u32 = 40;
 
     /// The page with this number, which must fit [`Pfn::BITS`].
     pub const fn new(number: u64) -> Self {
-        debug_assert!(number >> Self::BITS == 0, "a pfn has 48 bits");
+        debug_assert!(number >> Self::BITS == 0, "a pfn has 40 bits");
         Self(number)
     }
 

@@ -5,7 +5,7 @@ use uhmm_core::device::TransferError;
 use uhmm_core::fault::{Access, Fault, Resolution};
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, WriteBack};
-use uhmm_core::pagetable::State;
+use uhmm_core::pagetable::{PageWord, State};
 use uhmm_core::stats::{Counter, Skip, Skipped};
 use uhmm_testdev::sim_host::{Bed, Killed, Setup, deliver, page_at, pages_at};
 
@@ -172,6 +172,27 @@ fn cold_selection_gives_a_second_chance() {
     assert_eq!(cold(1).moved.get(), 2);
     bed.check(0, 4);
     bed.check_nothing_leaked();
+}
+
+#[test]
+fn what_comes_back_soon_after_it_left_is_tried_less_often() {
+    both_ways(|setup| {
+        let bed = Bed::new(setup);
+        bed.fill(0, 8);
+        let hot = |n| bed.word(n).heat();
+        assert_eq!(bed.migrate(0, 8).moved.get(), 8);
+        bed.check(0, 2);
+        assert_eq!((hot(0), hot(1)), (2, 2));
+        (0..PageWord::SOON).for_each(|_| bed.mm.grow_older());
+        bed.check(2, 2);
+        assert_eq!((hot(2), hot(3)), (0, 0), "so much was evicted meanwhile that others were needed more");
+        // What nobody touched between two evictions cools down, and is remembered while it is away.
+        assert_eq!(bed.migrate(0, 4).moved.get(), 4);
+        assert_eq!((hot(0), hot(2)), (1, 0));
+        bed.check(0, 8);
+        assert_eq!((hot(0), hot(2)), (3, 2));
+        bed.check_nothing_leaked();
+    });
 }
 
 #[test]

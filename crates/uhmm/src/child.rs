@@ -63,7 +63,7 @@ fn populate_changed(mut child: Child<'_>) {
             });
             let Some(pfn) = word.pfn() else { continue };
             let map = mm.pagemaps().of(pfn);
-            if word == PageWord::device(pfn).with_pinned(word.is_pinned()) {
+            if word.without_past() == PageWord::device(pfn).with_pinned(word.is_pinned()) {
                 // SAFETY: the bounce page is ours alone.
                 let mut batch =
                     [unsafe { Transfer::new(map.device_page(pfn), bounce.as_ptr(), PageCount::ONE) }];

@@ -433,10 +433,10 @@ impl Managed {
     /// Working memory for one more fault handler. The mapping belongs to it.
     pub fn scratch() -> io::Result<(Scratch, Mapping)> {
         let buffer = Mapping::reserve(Scratch::BUFFER_BYTES, "uhmm-scratch")?;
+        // Not present yet: who meets single pages only uses a hundredth of it.
         buffer.advise_no_huge()?;
-        buffer.populate()?;
-        // SAFETY: a fresh mapping of that size, all zero, present, used for nothing else; whoever gets the
-        // pair keeps them together.
+        // SAFETY: a fresh mapping of that size, all zero, used for nothing else; whoever gets the pair keeps
+        // them together.
         Ok((unsafe { Scratch::new(buffer.as_ptr()) }, buffer))
     }
 

@@ -23,6 +23,7 @@ use uhmm_core::frame::Slot;
 use uhmm_core::migrate::{Select, WriteBack};
 use uhmm_core::mm::Epoch;
 use uhmm_core::pagemap::Pagemap;
+use uhmm_core::pagetable::PageWord;
 use uhmm_core::stats::{Skip, Skipped};
 use uhmm_sys::clock::now;
 use uhmm_sys::scan::Region;
@@ -253,6 +254,8 @@ pub struct Governor<G> {
     /// Free frames kept for pages that come home.
     keep: PageCount,
     peak: PageCount,
+    /// Evicted since the last step of the clock by which evicted pages age.
+    evicted: PageCount,
     idle_cycles: u32,
 }
 
@@ -273,6 +276,7 @@ impl<G: Gauge> Governor<G> {
             second_chance: part(8, 64, 1 << 15),
             keep: part(128, 16, 512),
             peak: PageCount::ZERO,
+            evicted: PageCount::ZERO,
             idle_cycles: 0,
         }
     }
@@ -364,14 +368,49 @@ impl<G: Gauge> Governor<G> {
         // Short of pages to stage, the second chance is what gives.
         let write = if staged.is_zero() && over.is_zero() { wanted } else { over };
         let written = if write.is_zero() { WriteBack::default() } else { self.reclaimer.write_back(write) };
+        self.grow_older(written.moved);
         let released = self.reclaimer.release(wanted.max(PageCount::ONE), self.keep);
         let moved = !staged.is_zero() || !written.moved.is_zero() || !written.raced.is_zero();
         (moved || !released.is_zero(), written)
+    }
+
+    /// `evicted` more pages have left.
+    fn grow_older(&mut self, evicted: PageCount) {
+        // A page that comes back before half of the budget has been replaced is a hot one.
+        let step = PageCount::new((self.budget.get() / 2 / usize::from(PageWord::SOON)).max(1));
+        self.evicted = self.evicted.plus(evicted);
+        while self.evicted >= step {
+            self.evicted = self.evicted.minus(step);
+            self.reclaimer.managed().mm().grow_older();
+        }
     }
 
     /// As long as no program can fill half of the room: fresh memory is not held up before eviction begins.
     fn nap(room: PageCount) -> Duration {
         let micros = room.size().bytes() / 2 / FASTEST;
         Duration::from_micros(micros).clamp(SHORTEST_NAP, LONGEST_NAP)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(count: usize) -> PageCount {
+        PageCount::new(count)
+    }
+
+    #[test]
+    fn the_lead_follows_the_pace_at_once_and_falls_by_and_by() {
+        let mut pace = Pace::default();
+        pace.left(pages(1000));
+        pace.at -= LEAD;
+        let lead = pace.lead(pages(700)).get();
+        assert!((290..=300).contains(&lead), "{lead}: 300 pages went in the time of a lead");
+        pace.at -= LEAD;
+        let later = pace.lead(pages(700)).get();
+        assert!((210..=225).contains(&later), "{later}: none went since");
+        pace.at -= LEAD;
+        assert!(pace.lead(pages(900)).get() < later, "room that grew is no pace");
     }
 }

@@ -111,7 +111,8 @@ impl<H: Host> Mm<H> {
         let claim = |page: Vpn, word: PageWord, pfn: Pfn| {
             self.table.entry(page).exchange(word, PageWord::moving_in(pfn).claimed_from(word)).is_ok()
         };
-        if !claim(page, word, pfn) {
+        let touched = PageWord::moving_in(pfn).claimed_from(word).refaulted(self.age());
+        if self.table.entry(page).exchange(word, touched).is_err() {
             return None;
         }
         scratch.pfns[0] = pfn;
@@ -152,8 +153,9 @@ impl<H: Host> Mm<H> {
 
     pub(super) fn leave_on_device(&self, page: Vpn, pfn: Pfn) {
         let entry = self.table.entry(page);
-        let tracked = entry.load().is_tracked();
-        let left = entry.leave(if tracked { PageWord::tracked(pfn) } else { PageWord::device(pfn) });
+        let claim = entry.load();
+        let stays = if claim.is_tracked() { PageWord::tracked(pfn) } else { PageWord::device(pfn) };
+        let left = entry.leave(stays.with_past_of(claim));
         if left.discarded {
             self.pagemaps.of(pfn).put(pfn);
         }

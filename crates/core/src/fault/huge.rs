@@ -22,7 +22,7 @@ impl<H: Host> Mm<H> {
         let aligned = self.pagemaps.of(word.pfn()?).device_page(first).0.is_multiple_of(CHUNK_PAGES as u64);
         let ends = [0, CHUNK_PAGES - 1].map(|n| {
             let entry = self.table.get(chunk.forward(PageCount::new(n)));
-            entry.is_some_and(|entry| entry.load() == expected(n))
+            entry.is_some_and(|entry| entry.load().without_past() == expected(n))
         });
         if word.is_tracked() || !aligned || ends != [true, true] {
             return None;
@@ -32,7 +32,9 @@ impl<H: Host> Mm<H> {
             .take_while(|n| {
                 let pfn = first.forward(PageCount::new(*n));
                 let entry = self.table.entry(chunk.forward(PageCount::new(*n)));
-                entry.exchange(expected(*n), PageWord::moving_in(pfn)).is_ok()
+                let word = entry.load();
+                word.without_past() == expected(*n)
+                    && entry.exchange(word, PageWord::moving_in(pfn).claimed_from(word)).is_ok()
             })
             .count();
         let put_back = |range: core::ops::Range<usize>| {

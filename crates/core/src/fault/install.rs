@@ -80,7 +80,8 @@ impl<H: Host> Mm<H> {
         for (n, pfn) in pfns.iter().enumerate() {
             let page = page.forward(PageCount::new(n));
             let home = if tracked { PageWord::tracked(*pfn) } else { PageWord::RESIDENT };
-            let left = self.table.entry(page).leave(home);
+            let entry = self.table.entry(page);
+            let left = entry.leave(home.heated_like(entry.load()));
             debug_assert!(!(tracked && left.discarded), "the layout lock keeps discards out");
             self.after_leave(page, left.wake);
         }

@@ -31,8 +31,8 @@ impl Scratch {
     ///
     /// # Safety
     /// `buffer` must be page-aligned and valid for reads and writes of [`Scratch::BUFFER_BYTES`] as long as
-    /// the scratch lives, be present (not managed, not lazily filled by a handler), belong to it alone,
-    /// and its second half must be zero.
+    /// the scratch lives, not be managed (what is not present yet is filled by the kernel, not by a handler),
+    /// belong to it alone, and its second half must be zero.
     pub unsafe fn new(buffer: NonNull<u8>) -> Self {
         debug_assert_eq!(buffer.as_ptr() as usize % PAGE_SIZE, 0);
         Self {

@@ -14,6 +14,7 @@
 //! Rooms   `events` is what follows changes of the program's mappings, `discard` tells ours from them, `epoch` is their history; `frames` are the
 //!         arenas; `allowance`, `tracking` and `waiters` are what faults ask before and after.
 
+mod age;
 mod allowance;
 mod discard;
 mod epoch;
@@ -70,6 +71,8 @@ pub struct Mm<H: Host> {
     // Ranges that ceased to be what they were, as first page and length: number n at n % CHANGES.
     changes: [[AtomicUsize; 2]; CHANGES],
     epoch: AtomicUsize,
+    // Parts of the budget that were evicted.
+    age: AtomicU32,
     /// The device is full: fresh memory has to wait, pages that come home have not.
     growth_stopped: AtomicBool,
     closed: AtomicBool,
@@ -140,6 +143,7 @@ impl<H: Host> Mm<H> {
             copying: Gate::new(),
             changes: core::array::from_fn(|_| core::array::from_fn(|_| AtomicUsize::new(0))),
             epoch: AtomicUsize::new(0),
+            age: AtomicU32::new(0),
             growth_stopped: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }

@@ -24,7 +24,7 @@ fn used(table: &PageTable, range: VaRange) -> Vec<VaRange> {
 
 #[test]
 fn words_say_what_they_were_made_of() {
-    let (pfn, slot) = (Pfn::new((1 << 48) - 1), Slot::new(u32::MAX));
+    let (pfn, slot) = (Pfn::new((1 << Pfn::BITS) - 1), Slot::new(u32::MAX));
     let rows = [
         (PageWord::EMPTY, State::Empty, None, None, None),
         (PageWord::RESIDENT, State::Resident, None, None, None),
@@ -51,10 +51,26 @@ fn words_say_what_they_were_made_of() {
 }
 
 #[test]
+fn a_page_that_comes_back_soon_comes_back_hot() {
+    let pfn = Pfn::new((1 << Pfn::BITS) - 1);
+    let left = PageWord::device(pfn).hotter().aged(250);
+    assert_eq!((left.pfn(), left.heat()), (Some(pfn), 1));
+    let back = |now| PageWord::moving_in(pfn).claimed_from(left).refaulted(now);
+    // The clock goes round in between.
+    for (now, heat) in [(250, 3), (9, 3), (10, 0), (249, 0)] {
+        assert_eq!((back(now).heat(), back(now).pfn()), (heat, Some(pfn)), "{now}");
+    }
+    assert_eq!(back(250).refaulted(250).refaulted(250).heat(), 5, "and no hotter");
+    assert_eq!(left.without_past(), PageWord::device(pfn));
+    assert_eq!(PageWord::device(pfn).with_past_of(left), left);
+    assert_eq!((left.cooler().heat(), left.cooler().cooler().heat()), (0, 0));
+}
+
+#[test]
 fn a_claim_remembers_what_the_page_was() {
     let was = PageWord::tracked(Pfn::new(1)).with_pinned(true).hotter();
     let claim = PageWord::moving_in(Pfn::new(1)).claimed_from(was);
-    assert!(claim.is_pinned() && claim.is_tracked() && claim.heat() == 0);
+    assert!(claim.is_pinned() && claim.is_tracked() && claim.heat() == 1);
     assert_eq!((claim.kind(), claim.pfn()), (Some(Kind::In), Some(Pfn::new(1))));
 }
 

@@ -1,14 +1,15 @@
 //! The page word: everything that is known about one page, in 64 bits.
 //!
 //! ```text
-//!   63            16 15 14  12 11  10  9   8   7   6   4   3     0
-//!  +----------------+--+------+------+---+---+---+---+---+--------+
-//!  |    payload     | -| heat | kind | W | T | P | D | w | state  |
-//!  +----------------+--+------+------+---+---+---+---+---+--------+
+//!   63  56 55      16 15 14  12 11  10  9   8   7   6   4   3     0
+//!  +------+----------+--+------+------+---+---+---+---+---+--------+
+//!  | age  | payload  | -| heat | kind | W | T | P | D | w | state  |
+//!  +------+----------+--+------+------+---+---+---+---+---+--------+
 //! ```
 //!
 //! `w` waited, `D` discarded, `P` pinned, `T` tracked, `W` writing; `kind` says where a moving page comes from,
-//! `heat` how often the page was taken back from the arena. The all-zero word is a valid one: [`State::Empty`].
+//! `heat` how often the page was touched when it had been put out of the way, `age` when it left for the device.
+//! The all-zero word is a valid one: [`State::Empty`].
 
 use core::fmt;
 
@@ -60,7 +61,7 @@ pub struct PageWord(u64);
 
 const STATE: u64 = 0xf;
 const WAITED: u64 = 1 << 4;
-/// How often the page was taken back from the arena without leaving RAM in between, at most [`HOTTEST`].
+/// How often the page was touched when it had been put out of the way, less how often it was not, at most [`HOTTEST`].
 const HEAT_SHIFT: u32 = 12;
 const HEAT: u64 = 7 << HEAT_SHIFT;
 const HOTTEST: u64 = 5;
@@ -70,12 +71,17 @@ const TRACKED: u64 = 1 << 8;
 const WRITING: u64 = 1 << 9;
 const KIND_SHIFT: u32 = 10;
 const PAYLOAD_SHIFT: u32 = 16;
+const PAYLOAD: u64 = ((1 << Pfn::BITS) - 1) << PAYLOAD_SHIFT;
+const AGE_SHIFT: u32 = PAYLOAD_SHIFT + Pfn::BITS;
+const AGE: u64 = 0xff << AGE_SHIFT;
 
 impl PageWord {
     /// The initial word of every page.
     pub const EMPTY: Self = Self(0);
     /// In RAM, without a copy anywhere.
     pub const RESIDENT: Self = Self::of(State::Resident, 0);
+    /// A page that comes back within so many steps of the clock of evictions came back soon.
+    pub const SOON: u8 = 16;
     /// Lost.
     pub const POISONED: Self = Self::of(State::Poisoned, 0);
 
@@ -155,7 +161,7 @@ impl PageWord {
     }
 
     const fn payload(self) -> u64 {
-        self.0 >> PAYLOAD_SHIFT
+        (self.0 & PAYLOAD) >> PAYLOAD_SHIFT
     }
 
     /// The device page that holds (or also holds) the contents.
@@ -184,7 +190,7 @@ impl PageWord {
         self.0 & WAITED != 0
     }
 
-    /// How often the page was taken back from the arena without leaving RAM in between, 0 to 5.
+    /// How often the page was touched when it had been put out of the way, less how often it was not, 0 to 5.
     pub const fn heat(self) -> u32 {
         ((self.0 & HEAT) >> HEAT_SHIFT) as u32
     }
@@ -222,6 +228,33 @@ impl PageWord {
         Self(self.0 & !HEAT | heat << HEAT_SHIFT)
     }
 
+    /// The same, a little less hot.
+    pub const fn cooler(self) -> Self {
+        let heat = (self.heat() as u64).saturating_sub(1);
+        Self(self.0 & !HEAT | heat << HEAT_SHIFT)
+    }
+
+    /// The same, on the device since the clock of evictions said `age`.
+    pub const fn aged(self, age: u8) -> Self {
+        Self(self.0 & !AGE | (age as u64) << AGE_SHIFT)
+    }
+
+    /// The same, on the device and touched when the clock of evictions says `now`: hot if that is soon, and cold if not.
+    pub const fn refaulted(self, now: u8) -> Self {
+        let left = (self.0 >> AGE_SHIFT) as u8;
+        if now.wrapping_sub(left) < Self::SOON { self.hotter().hotter() } else { Self(self.0 & !HEAT) }
+    }
+
+    /// The same without what is remembered of its past: where it is and what holds for it now.
+    pub const fn without_past(self) -> Self {
+        Self(self.0 & !HEAT & !AGE)
+    }
+
+    /// The same, with the past of `other`.
+    pub const fn with_past_of(self, other: Self) -> Self {
+        Self(self.without_past().0 | other.0 & (HEAT | AGE))
+    }
+
     /// The same, as hot as `other`.
     pub const fn heated_like(self, other: Self) -> Self {
         Self(self.0 & !HEAT | other.0 & HEAT)
@@ -248,9 +281,9 @@ impl PageWord {
     }
 
     /// The same, for the claim on a page whose word was `word`: it stays pinned, and what was tracked, and
-    /// may be present for all we know, is still told apart from what is on the device only.
+    /// may be present for all we know, is still told apart from what is on the device only; its past goes with it.
     pub const fn claimed_from(self, word: Self) -> Self {
-        Self(self.0 | word.0 & (PINNED | TRACKED))
+        Self(self.0 & !AGE | word.0 & (PINNED | TRACKED | HEAT | AGE))
     }
 
     /// The same without the copy on the device.
