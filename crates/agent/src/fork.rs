@@ -29,6 +29,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use uhmm::managed::{Managed, TABLE_BYTES, USER_PAGES};
 use uhmm::tree::client;
+use uhmm::tree::table::Table;
 use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
 use uhmm_core::host::{Install, Stop};
 use uhmm_core::pagetable::{PageTable, PageWord};
@@ -185,7 +186,7 @@ pub extern "C" fn child() {
     unsafe { std::ptr::read(&raw const parents.managed).abandon() };
     if let Err(error) = start::start(cookie) {
         start::complain(&error);
-        if cookie == 0 {
+        if cookie == 0 || error.is_looked_after() {
             // Nothing is lost: it runs as it would without us.
             return;
         }
@@ -219,18 +220,24 @@ fn copy_table(
 ) -> Option<Memfd> {
     let mm = managed.mm();
     let memfd = Memfd::create("uhmm-table", TABLE_BYTES as u64, None).ok()?;
-    let mapping = memfd.map().ok()?;
-    let words = mapping.as_ptr().cast::<u64>();
-    // SAFETY: the mapping has room for the bits behind the words, and is used as a table only.
-    let table = unsafe { PageTable::over(words, words.add(USER_PAGES.get()), Vpn::new(0), USER_PAGES) };
+    // A program that limits its address space leaves no room to map a table: word by word then.
+    let file = Table::adopt(memfd.fd().try_clone_to_owned().ok()?).ok()?;
+    let mapping = memfd.map().ok();
+    let table = mapping.as_ref().map(|mapping| {
+        let words = mapping.as_ptr().cast::<u64>();
+        // SAFETY: the mapping has room for the bits behind the words, and is used as a table only.
+        unsafe { PageTable::over(words, words.add(USER_PAGES.get()), Vpn::new(0), USER_PAGES) }
+    });
     for extent in agent.table.data_extents() {
         let first = extent.start as usize / size_of::<u64>();
         let end = (extent.end as usize / size_of::<u64>()).min(USER_PAGES.get());
         for chunk in (first..end).step_by(CHUNK_PAGES) {
             for page in (chunk..(chunk + CHUNK_PAGES).min(end)).map(Vpn::new) {
                 let word = mm.word_for_child(layout, page, |page, slot| copy_to(child, page, slot));
-                if word != PageWord::EMPTY {
-                    table.entry(page).store(word);
+                match &table {
+                    _ if word == PageWord::EMPTY => {}
+                    Some(table) => table.entry(page).store(word),
+                    None => file.store(page, word).ok()?,
                 }
             }
         }

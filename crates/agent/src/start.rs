@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use uhmm::engine::threads::{self, Crew, Role, serve};
-use uhmm::managed::{BuildError, Managed, Plan, Reports};
+use uhmm::managed::{BuildError, Managed, Plan, Reports, TABLE_BYTES};
 use uhmm::tree::client::{self, ClientError, Joined};
 use uhmm::tree::protocol::{self, Welcome};
 use uhmm::tree::shared::ProcessBlock;
@@ -46,6 +46,10 @@ const ARENA: ByteSize = ByteSize::gib(1);
 pub enum StartError {
     #[error("there is no room for its heap")]
     Heap,
+    #[error("its tables have no room in the address space (ulimit -v)")]
+    Room(#[source] io::Error),
+    #[error("its first thread cannot be started")]
+    First(#[source] io::Error),
     #[error("its threads cannot be started")]
     Thread(#[source] io::Error),
     #[error(transparent)]
@@ -58,6 +62,18 @@ pub enum StartError {
     Gauge(#[source] io::Error),
     #[error(transparent)]
     Build(#[from] BuildError),
+}
+
+impl StartError {
+    /// Whether a forked child does well without an agent: the keeper, to which its parent has handed it over, goes
+    /// on serving it, and brings its pages home.
+    pub const fn is_looked_after(&self) -> bool {
+        match self {
+            Self::Heap | Self::Room(_) | Self::First(_) => true,
+            Self::Keeper(ClientError::Refused(why)) => why.is_looked_after(),
+            _ => false,
+        }
+    }
 }
 
 /// The name of the keeper's socket.
@@ -88,11 +104,11 @@ pub fn start(cookie: u64) -> Result<(), StartError> {
         return Err(StartError::Heap);
     }
     let start = Arc::new(Start { cookie, state: AtomicU32::new(STARTING), error: Lock::new(None) });
-    let stack = Mapping::reserve(STACK, "uhmm-stack").map_err(StartError::Thread)?;
+    let stack = Mapping::reserve(STACK, "uhmm-stack").map_err(StartError::First)?;
     let arg = Arc::into_raw(start.clone()).cast_mut().cast();
     // SAFETY: `first` keeps to the rules of raw threads; the argument is what it expects. Nobody knows the
     // stack. The caller is the constructor's or the forking thread.
-    unsafe { RawThread::spawn(c"uhmm", stack, Files::Own, first, arg) }.map_err(StartError::Thread)?;
+    unsafe { RawThread::spawn(c"uhmm", stack, Files::Own, first, arg) }.map_err(StartError::First)?;
     while start.state.load(Ordering::Acquire) == STARTING {
         let _ = futex::wait(&start.state, STARTING, Some(Duration::from_secs(1)));
     }
@@ -117,6 +133,9 @@ pub fn complain(error: &StartError) {
             text.push_str(&cause_text);
         }
         source = cause.source();
+    }
+    if error.is_looked_after() {
+        text.push_str("; it goes on without uhmm");
     }
     text.push('\n');
     say(&text);
@@ -212,6 +231,10 @@ fn connect(cookie: u64) -> Result<Agent, StartError> {
     let name = SOCKET.lock();
     let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     let name = str::from_utf8(&name[..len]).unwrap_or_default();
+    // While the keeper has the child it does well without us; afterwards it depends on us.
+    let room =
+        Mapping::reserve(TABLE_BYTES + ARENA.bytes() as usize, "uhmm-room").map_err(StartError::Room)?;
+    drop(room);
     let Joined { connection, welcome, device, descriptors, stats, table, uffd } = client::join(name, cookie)?;
     let table = Memfd::from_fd(table).map_err(StartError::Map)?;
     let device = uhmm_devices::from_handle(Handle {

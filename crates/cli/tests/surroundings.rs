@@ -520,3 +520,45 @@ fn hundreds_of_short_lived_children_in_batches() {
     assert!(stats["processes"].as_u64() >= Some(301), "{stats}");
     assert_eq!(stats["failed_processes"], 0, "{stats}");
 }
+
+/// A program that forks when it can have no agent in the child: `give_up` is what it does before. Says what was said
+/// of it.
+fn child_goes_on_without(name: &str, give_up: &str) -> Option<String> {
+    let python = python().filter(|_| able())?;
+    let _alone = alone();
+    let place = Place::new(name);
+    let script = format!(
+        "import os, resource\n\
+         b = bytearray(32 << 20)\n\
+         for i in range(0, len(b), 4096): b[i] = i >> 12 & 127\n\
+         {give_up}\n\
+         pid = os.fork()\n\
+         if pid == 0: os._exit(sum(b[::4096]) != 520192)\n\
+         print(os.waitpid(pid, 0)[1], sum(b[::4096]))\n"
+    );
+    let program = place.path("forks.py");
+    fs::write(&program, script).unwrap();
+    let options = ["--ram", RAM, "--quiet"];
+    let ended = finish(&mut run(&options, python.to_str()?, &[program.to_str()?]), MOST).well();
+    assert_eq!(ended.text(), "0 520192\n", "{}", ended.stderr);
+    Some(ended.stderr)
+}
+
+#[test]
+fn a_child_of_somebody_else_has_its_pages_and_no_help() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can become somebody else");
+        return;
+    }
+    let drop = "os.setgroups([]); os.setgid(65534); os.setuid(65534)";
+    let Some(said) = child_goes_on_without("drop", drop) else { return };
+    assert!(said.contains("another user") && said.contains("goes on without uhmm"), "{said}");
+}
+
+#[test]
+fn a_child_without_room_for_an_agent_has_its_pages_and_no_help() {
+    let limit = "size = int(open('/proc/self/statm').read().split()[0]) * 4096\n\
+                 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20),) * 2)";
+    let Some(said) = child_goes_on_without("cramped", limit) else { return };
+    assert!(said.is_empty() || said.contains("goes on without uhmm"), "{said}");
+}

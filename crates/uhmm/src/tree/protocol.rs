@@ -11,7 +11,7 @@
 //! agent            keeper
 //! Hello      -->            cookie 0: a fresh process; else the child of the fork with that cookie
 //!            <--  Welcome   with the files DEVICE, DESCRIPTORS, STATS, TABLE and, for a child, UFFD
-//!       or   <--  Refused   the agent ends its process: its pages are lost to it
+//!       or   <--  Refused   unless its pages are looked after ([`Refusal::is_looked_after`]), the agent ends its process
 //! Child      -->            with the files CHILD_UFFD, CHILD_TABLE; from now on the keeper serves the child
 //! Goodbye    -->            why the process is about to die, if it knows
 //! front
@@ -198,6 +198,17 @@ pub enum Refusal {
     /// The keeper lacks memory or descriptors.
     #[error("the keeper of this uhmm run has no memory or no descriptors left")]
     Exhausted = 3,
+    /// The process is another user's.
+    #[error("it runs as another user than this uhmm run")]
+    Foreign = 4,
+}
+
+impl Refusal {
+    /// Whether a refused child, whose parent has announced it, has nothing to fear: the keeper serves it until all of
+    /// its pages are at home.
+    pub const fn is_looked_after(self) -> bool {
+        matches!(self, Self::TooMany | Self::Exhausted | Self::Foreign)
+    }
 }
 
 const HELLO: u16 = 1;
@@ -307,6 +318,7 @@ impl Reply {
                 [1] => Ok(Self::Refused(Refusal::TooMany)),
                 [2] => Ok(Self::Refused(Refusal::Version)),
                 [3] => Ok(Self::Refused(Refusal::Exhausted)),
+                [4] => Ok(Self::Refused(Refusal::Foreign)),
                 [value] => Err(ProtocolError::Value { field: "reason", value }),
             },
             kind => Err(ProtocolError::Kind(kind)),

@@ -5,8 +5,8 @@
 //! Why      a child and its parent's message come by different connections, in either order.
 //! Owns     the connections, until somebody is welcomed or refused.
 //! Trust    processes of the same user are heard, nobody else.
-//! Fails    whoever cannot be welcomed is told why ([`Refusal`]) and ends itself. A child goes on being served
-//!          until it has.
+//! Fails    whoever cannot be welcomed is told why ([`Refusal`]). A child goes on being served until it has ended
+//!          itself, or all of its pages are at home.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,12 +22,16 @@ use crate::tree::orphan::Orphan;
 use crate::tree::protocol::{self, ProtocolError, Refusal, Reply, Request, Welcome};
 use crate::tree::table::Table;
 
+/// Processes of other users that may be about to speak.
+const STRANGERS: usize = 64;
 /// How long a child may wait for its parent to announce it.
 const HOLD: Duration = Duration::from_secs(5);
 
 /// Somebody who has connected and not said who he is.
 pub(super) struct Newcomer {
     pub(super) connection: Connection,
+    /// Of the same user.
+    ours: bool,
     pub(super) since: Instant,
 }
 
@@ -42,15 +46,23 @@ pub(super) struct Held {
 impl Keeper {
     pub(super) fn accept(&mut self) {
         let me = rustix::process::geteuid().as_raw();
-        if let Ok(connection) = self.tree.listener.accept()
-            && connection.peer_credentials().is_ok_and(|(_, uid)| uid == me)
-        {
-            self.newcomers.push(Newcomer { connection, since: Instant::now() });
+        let Ok(connection) = self.tree.listener.accept() else { return };
+        let ours = connection.peer_credentials().is_ok_and(|(_, uid)| uid == me);
+        let strangers = self.newcomers.iter().filter(|newcomer| !newcomer.ours).count();
+        if ours || strangers < STRANGERS {
+            self.newcomers.push(Newcomer { connection, ours, since: Instant::now() });
         }
     }
 
     pub(super) fn hear_newcomer(&mut self, at: usize) {
-        let connection = self.newcomers.swap_remove(at).connection;
+        let Newcomer { connection, ours, .. } = self.newcomers.swap_remove(at);
+        if !ours {
+            // Perhaps a child whose parent has become somebody else. What it says, and that it came, counts for
+            // nothing.
+            let _ = receive(&connection);
+            let _ = connection.send(Reply::Refused(Refusal::Foreign).encode(&mut protocol::buffer()), &[]);
+            return;
+        }
         match receive(&connection) {
             Ok((Request::Hello { pid, cookie: 0 }, _)) => self.welcome(connection, pid, None),
             Ok((Request::Hello { pid, cookie }, _)) => {
@@ -141,7 +153,7 @@ impl Keeper {
         connection.send(Reply::Welcome(welcome).encode(&mut protocol::buffer()), &files)
     }
 
-    /// A child whose agent was refused ends itself; until it has, it is served.
+    /// A child whose agent was refused is served until it needs nobody.
     fn abandon(&mut self, orphan: Option<Orphan>) {
         self.orphans.extend(orphan.map(Orphan::unexpected));
     }

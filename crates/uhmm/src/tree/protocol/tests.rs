@@ -35,7 +35,9 @@ fn replies() -> Vec<Reply> {
         Reply::Welcome(welcome()),
         Reply::Welcome(Welcome { force_fallback: false, track: true, backing: Backing::Memory, ..welcome() }),
     ];
-    for why in [Refusal::UnknownChild, Refusal::TooMany, Refusal::Version, Refusal::Exhausted] {
+    for why in
+        [Refusal::UnknownChild, Refusal::TooMany, Refusal::Version, Refusal::Exhausted, Refusal::Foreign]
+    {
         all.push(Reply::Refused(why));
     }
     all
