@@ -35,6 +35,7 @@ use uhmm_core::host::{Install, Stop};
 use uhmm_core::pagetable::{PageTable, PageWord};
 use uhmm_core::sync::WriteGuard;
 use uhmm_sys::host::LinuxHost;
+use uhmm_sys::limits::MoreFiles;
 use uhmm_sys::memfd::Memfd;
 use uhmm_sys::uffd::Uffd;
 
@@ -205,6 +206,8 @@ pub fn announce(agent: &Agent, managed: &Managed, layout: &WriteGuard<'_, LinuxH
         NONE | ADOPTING => new_cookie(),
         cookie => cookie,
     };
+    // For the child's table; a program that forks may have left itself no room.
+    let _more = MoreFiles::allow();
     if let Some(table) = copy_table(agent, managed, layout, child) {
         // Where this fails the child asks for it in vain and ends: nobody reads zeros for its contents.
         let _ = client::announce(&agent.keeper.lock(), cookie, child, table.fd());

@@ -22,6 +22,7 @@ use uhmm_addr::{ByteSize, PageCount};
 use uhmm_core::pagemap::{DescriptorMemory, Pagemap};
 use uhmm_devices::{Handle, OpenError};
 use uhmm_sys::futex::{self, Lock};
+use uhmm_sys::limits::MoreFiles;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::memfd::Memfd;
 use uhmm_sys::placement;
@@ -154,11 +155,12 @@ extern "C" fn first(arg: *mut u8) {
     let _ = unsafe { close_all_files_except(&[]) };
     // Two low numbers, free from now on: a program may lower its limit of descriptors and then fork, and a fork
     // needs one for what watches the child and one for its table.
+    let more_files = MoreFiles::allow();
     let low = rustix::pipe::pipe();
     let built = connect(start.cookie).and_then(|agent| {
         let agent = agent.publish();
         let gauge = ProcessGauge::open(agent).map_err(StartError::Gauge)?;
-        drop(low);
+        drop((low, more_files));
         // Behind all that can fail: with it, memory begins to be managed.
         spawn(c"uhmm-evict", evictor, Box::into_raw(Box::new(gauge)).cast())?;
         Ok(agent)

@@ -545,6 +545,15 @@ fn child_goes_on_without(name: &str, give_up: &str) -> Option<String> {
 }
 
 #[test]
+fn a_fork_with_no_descriptor_allowed() {
+    for most in ["0", "1"] {
+        let limit = format!("resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, 4096))");
+        let Some(said) = child_goes_on_without(&format!("files-{most}"), &limit) else { return };
+        assert!(said.is_empty(), "{said}");
+    }
+}
+
+#[test]
 fn a_child_of_somebody_else_has_its_pages_and_no_help() {
     if !rustix::process::geteuid().is_root() {
         println!("skipped: only root can become somebody else");

@@ -15,6 +15,7 @@ pub mod child;
 pub mod clock;
 pub mod futex;
 pub mod host;
+pub mod limits;
 pub mod mapping;
 pub mod maps;
 pub mod memfd;

@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::thread::nanosleep;
 use uhmm_addr::VaRange;
 use uhmm_core::fault::{Fault, Resolution, Scratch};
 use uhmm_core::sync::WriteGuard;
@@ -27,6 +29,7 @@ use uhmm_sys::awake::Awake;
 use uhmm_sys::clock::now;
 use uhmm_sys::futex;
 use uhmm_sys::host::LinuxHost;
+use uhmm_sys::limits::MoreFiles;
 use uhmm_sys::placement::{self, Cpus, ThreadCpu};
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
 
@@ -74,6 +77,8 @@ const CROWD: u32 = 4;
 const ASK: u32 = 64;
 /// A wake-up that was left to another thread, and after which nothing happened for so long, is done again.
 const LATE: Duration = Duration::from_micros(30);
+/// Between two attempts to read where nobody says when there is something.
+const BLIND: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000 };
 const IDLE: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_millis(10);
 
@@ -223,14 +228,28 @@ impl Handler<'_> {
             return true;
         }
         host.settle();
-        poll(&mut fds, Some(&most)).is_ok_and(|ready| ready > 0)
+        match poll(&mut fds, Some(&most)) {
+            Ok(ready) => ready > 0,
+            // A process that allows itself no descriptor may not ask about one; reading it needs no leave.
+            Err(Errno::INVAL) => {
+                let _ = nanosleep(&BLIND);
+                true
+            }
+            Err(_) => false,
+        }
     }
 
     /// Reads a batch: applies the events, keeps the faults.
     fn read(&mut self) {
         let mm = self.managed.mm();
         let layout = mm.lock_layout();
-        if !matches!(mm.host().program().read(&mut self.events), ReadOutcome::Events(_)) {
+        let mut outcome = mm.host().program().read(&mut self.events);
+        // Until the batch is done with: whoever takes care of a child needs descriptors as well.
+        let more_files = (outcome == ReadOutcome::Failed(Errno::MFILE)).then(MoreFiles::allow);
+        if more_files.is_some() {
+            outcome = mm.host().program().read(&mut self.events);
+        }
+        if !matches!(outcome, ReadOutcome::Events(_)) {
             return;
         }
         let since = now();
