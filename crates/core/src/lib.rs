@@ -38,5 +38,6 @@ pub mod mm;
 pub mod notifier;
 pub mod pagemap;
 pub mod pagetable;
+pub mod pin;
 pub mod stats;
 pub mod sync;

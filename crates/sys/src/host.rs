@@ -160,10 +160,11 @@ impl LinuxHost {
     /// Gives the process frames of its own for pages of `range` that it shares with a child or a parent after
     /// fork, as a store to each would, so that they can be moved. Pages that are absent come home. To be
     /// called with no lock held: it waits for fault handlers.
-    pub fn unshare(&self, range: VaRange) {
+    /// Fails where the mapping cannot be written to.
+    pub fn unshare(&self, range: VaRange) -> io::Result<()> {
         let start = core::ptr::with_exposed_provenance_mut(range.start().get());
         // SAFETY: contents do not change; where nothing is mapped, or not writable, the call fails.
-        let _ = unsafe { rustix::mm::madvise(start, range.bytes(), Advice::LinuxPopulateWrite) };
+        Ok(unsafe { rustix::mm::madvise(start, range.bytes(), Advice::LinuxPopulateWrite) }?)
     }
 }
 

@@ -16,5 +16,6 @@ pub use uhmm_addr::{ByteSize, Geometry, PageCount, VaRange, VirtAddr};
 pub use uhmm_core::device::{Device, MemoryType, Transfer, TransferError};
 pub use uhmm_core::migrate::Migrated;
 pub use uhmm_core::notifier;
+pub use uhmm_core::pin::{Holder, PinError, PinFor};
 pub use uhmm_core::stats::{Counter, Skip, Skipped};
 pub use uhmm_devices::{FileDevice, MemDevice};

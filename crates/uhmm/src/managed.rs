@@ -351,7 +351,8 @@ impl Managed {
             let (count, end) = self.mm.host().present(part, &mut found);
             // Present ones only: the others would come home for this.
             for present in &found[..count] {
-                self.mm.host().unshare(*present);
+                // What cannot be written to stays as it is, and is counted by whoever wants to move it.
+                let _ = self.mm.host().unshare(*present);
             }
             rest = VaRange::of_pages(end, part.end_page().since(end));
         }

@@ -38,6 +38,7 @@ use crate::host::Host;
 use crate::notifier::{Change, Event, Invalidation, Notifiers};
 use crate::pagemap::PagemapSet;
 use crate::pagetable::PageTable;
+use crate::pin::Pins;
 use crate::stats::Stats;
 use crate::sync::{AtomicU32, AtomicUsize, Gate, WriteGuard};
 use epoch::CHANGES;
@@ -56,6 +57,7 @@ pub struct Mm<H: Host> {
     pub(crate) layout: Gate,
     pub(crate) stats: StatsHome,
     notifiers: Notifiers,
+    pub(crate) pins: Pins,
     track: AtomicBool,
     // Pages that may still be taken from the system for faults; not limited where it is half of usize.
     allowance: AtomicUsize,
@@ -134,6 +136,7 @@ impl<H: Host> Mm<H> {
             layout: Gate::new(),
             stats: stats.map_or_else(|| StatsHome::Own(Box::default()), StatsHome::Lent),
             notifiers: Notifiers::new(),
+            pins: Pins::new(),
             track: AtomicBool::new(track),
             allowance: AtomicUsize::new(usize::MAX / 2),
             prone: core::array::from_fn(|_| AtomicU32::new(0)),

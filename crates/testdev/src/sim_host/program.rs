@@ -53,6 +53,11 @@ impl Program {
         Self { mm, scratch: RefCell::new(scratch), _buffer: buffer }
     }
 
+    /// Lends the thread's working memory, for what a thread asks for besides touching.
+    pub fn with_scratch<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
+        work(&mut self.scratch.borrow_mut())
+    }
+
     /// Reads the value of `page`.
     pub fn load(&self, page: Vpn) -> Result<u64, Killed> {
         self.touch(page, || self.mm.host().load(page))

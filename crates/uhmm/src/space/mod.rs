@@ -6,7 +6,7 @@
 //!         owner's and is brought home when the adoption ends.
 //! Locks   none of its own beyond those of [`Managed`]; methods may be called from any thread.
 //! Fails   each operation has its own small error; pages that did not move are counted by reason.
-//! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are;
+//! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are; `pins` keeps them there;
 //!         `adoption` is memory that was there before. Here are the operations.
 //!
 //! ```
@@ -30,6 +30,7 @@ mod adoption;
 mod builder;
 mod evictor;
 mod handlers;
+mod pins;
 mod residency;
 
 use std::io;
@@ -48,6 +49,7 @@ use uhmm_sys::uffd::RegisterError;
 
 pub use adoption::Adoption;
 pub use builder::{Builder, LEAST_BUDGET, SpaceError};
+pub use pins::Pinned;
 pub use residency::Residency;
 
 use crate::buffer::{Buffer, Plain};

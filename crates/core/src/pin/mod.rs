@@ -1,0 +1,204 @@
+//! Pins: pages that stay in RAM because somebody outside counts on them where they are.
+//!
+//! What    [`Mm::pin`] brings the pages of a range home and makes them unmovable; [`Mm::unpin`] ends that.
+//!         [`Mm::pins`] lists who holds what, and where in the source it was taken.
+//! Why     buffers that a device, io_uring or a driver transfers to and from behind the page table's back. The kernel
+//!         has `pin_user_pages` (FOLL_PIN) for it; it refuses to move such pages as well, but only tells after
+//!         it was asked for each.
+//! How     a flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
+//!         the flag as long as any holder's range has the page.
+//! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
+//! Locks   `gate`, over the list, and over the clearing of flags; inside it nothing but waits for pages in flight. A
+//!         flag is set outside of it, after its holder is on the list: who clears sees the holder or comes before it.
+//! Fails   with a [`PinError`]; then nothing is pinned, though some pages may have come home.
+
+use alloc::vec::Vec;
+use core::cell::UnsafeCell;
+use core::panic::Location;
+
+use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+
+use crate::fault::{Access, Fault, Resolution, Scratch};
+use crate::host::Host;
+use crate::mm::Mm;
+use crate::pagetable::State;
+use crate::sync::{AtomicU64, Gate, Ordering, Park};
+
+/// Why a range could not be pinned, and what the caller can do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PinError {
+    /// No page may be taken from the system now: wait for room, then try again.
+    #[error("there is no room in RAM for the page at {0}")]
+    Starved(VirtAddr),
+    /// An event is yet to be read: let that happen, then try again.
+    #[error("the mapping at {0} is changing")]
+    Pending(VirtAddr),
+    /// The page is lost; whoever reads it gets SIGBUS.
+    #[error("the page at {0} is lost")]
+    Poisoned(VirtAddr),
+    /// Not managed, or not mapped any more.
+    #[error("there is no managed page at {0}")]
+    Unmanaged(VirtAddr),
+    /// The mapping cannot be written to.
+    #[error("{0} cannot be pinned for writing: it cannot be written to")]
+    ReadOnly(VaRange),
+}
+
+/// What a pin is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PinFor {
+    /// Others read the pages.
+    Read,
+    /// Others write to them.
+    Write,
+}
+
+/// A range that is pinned. To be given back to [`Mm::unpin`].
+#[must_use = "pages stay pinned until this is given back"]
+#[derive(PartialEq, Eq, Debug)]
+pub struct Pin {
+    number: u64,
+    range: VaRange,
+}
+
+/// Who holds a pin.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Holder {
+    number: u64,
+    /// The pages.
+    pub range: VaRange,
+    /// What for.
+    pub purpose: PinFor,
+    /// Where it was taken.
+    pub place: &'static Location<'static>,
+}
+
+/// The holders of pins of one address space.
+#[derive(Debug)]
+pub(crate) struct Pins {
+    gate: Gate,
+    holders: UnsafeCell<Vec<Holder>>,
+    next: AtomicU64,
+}
+
+// SAFETY: the list is reached under the gate only, for writing by one thread at a time.
+unsafe impl Sync for Pins {}
+
+impl Pins {
+    pub(crate) fn new() -> Self {
+        Self { gate: Gate::new(), holders: UnsafeCell::new(Vec::new()), next: AtomicU64::new(0) }
+    }
+
+    fn with<R, P: Park + ?Sized>(&self, park: &P, change: impl FnOnce(&mut Vec<Holder>) -> R) -> R {
+        let _alone = self.gate.write(park);
+        // SAFETY: the gate is held for writing, and the reference does not outlive that.
+        change(unsafe { &mut *self.holders.get() })
+    }
+}
+
+/// Looks at a page that does not come to rest before its events are read, or before it is somebody else's turn.
+const LOOKS: usize = 1000;
+
+impl<H: Host> Mm<H> {
+    /// Pins `range`: its pages are in RAM when this returns, and stay where they are until the pin is given back.
+    /// Absent pages are filled; for [`PinFor::Write`], pages of which the device has a copy lose it.
+    ///
+    /// Whoever pins memory that is shared since a fork, or that is read as zeros only, has the system make pages of its
+    /// own of it afterwards (`MADV_POPULATE_WRITE`).
+    #[track_caller]
+    pub fn pin(&self, range: VaRange, purpose: PinFor, scratch: &mut Scratch) -> Result<Pin, PinError> {
+        let number = self.pins.next.fetch_add(1, Ordering::Relaxed);
+        let holder = Holder { number, range, purpose, place: Location::caller() };
+        self.pins.with(&self.host, |holders| holders.push(holder));
+        let pin = Pin { number, range };
+        // From here on nothing leaves; what is leaving is waited for.
+        self.set_pinned(range, true);
+        match self.bring_pinned(range, purpose, scratch) {
+            Ok(()) => Ok(pin),
+            Err(error) => {
+                self.unpin(pin);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives a pin back. Pages that nobody else has pinned may move again.
+    pub fn unpin(&self, pin: Pin) {
+        self.pins.with(&self.host, |holders| {
+            holders.retain(|holder| holder.number != pin.number);
+            let others: Vec<VaRange> = holders
+                .iter()
+                .map(|holder| holder.range)
+                .filter(|held| held.intersect(pin.range).is_some())
+                .collect();
+            for page in pin.range.iter() {
+                if !others.iter().any(|held| held.contains(page)) {
+                    self.set_pinned(VaRange::page(page), false);
+                }
+            }
+        });
+    }
+
+    /// Who holds pins now.
+    pub fn pins(&self) -> Vec<Holder> {
+        self.pins.with(&self.host, |holders| holders.clone())
+    }
+
+    /// Brings the pinned pages of `range` home, each in a state in which it can be used for `purpose`.
+    fn bring_pinned(&self, range: VaRange, purpose: PinFor, scratch: &mut Scratch) -> Result<(), PinError> {
+        // What can come in large pieces does.
+        self.prefetch(range, scratch);
+        let mut found = [range; 32];
+        let mut rest = Some(range);
+        while let Some(part) = rest {
+            let (count, end) = self.host.present(part, &mut found);
+            let mut at = part.first();
+            let seen = VaRange::of_pages(at, end.since(at)).unwrap_or(part);
+            for page in seen.iter() {
+                let present = found[..count].iter().any(|region| region.contains(page));
+                self.bring_pinned_page(page, present, purpose, scratch)?;
+            }
+            at = end;
+            rest = VaRange::of_pages(at, part.end_page().since(at));
+        }
+        Ok(())
+    }
+
+    fn bring_pinned_page(
+        &self,
+        page: Vpn,
+        mut present: bool,
+        purpose: PinFor,
+        scratch: &mut Scratch,
+    ) -> Result<(), PinError> {
+        let (addr, write) = (page.base(), purpose == PinFor::Write);
+        for _ in 0..LOOKS {
+            let word = self.table.get(page).ok_or(PinError::Unmanaged(addr))?.load();
+            let access = match word.state() {
+                State::Poisoned => return Err(PinError::Poisoned(addr)),
+                State::Moving => {
+                    self.wait_in_flight(page);
+                    continue;
+                }
+                State::Empty | State::Resident if present && !(write && word.is_tracked()) => return Ok(()),
+                State::Empty | State::Resident if present => Access::WriteProtected,
+                _ if write => Access::Write,
+                _ => Access::Read,
+            };
+            match self.resolve(Fault { addr, access, ours: false }, scratch) {
+                Resolution::Resolved(PageCount::ZERO) => {
+                    // There already, or not mapped: a second look at the page itself tells.
+                    present = self.is_present(page);
+                }
+                Resolution::Resolved(_) => present = true,
+                Resolution::InFlight => self.wait_in_flight(page),
+                // Whoever reads the events holds the lock meanwhile.
+                Resolution::Pending => self.wait_for_events(),
+                Resolution::Starved => return Err(PinError::Starved(addr)),
+                Resolution::Poisoned(_) => return Err(PinError::Poisoned(addr)),
+                Resolution::Unmanaged => return Err(PinError::Unmanaged(addr)),
+            }
+        }
+        Err(PinError::Pending(addr))
+    }
+}
