@@ -23,6 +23,7 @@
 //!   page word      a claim (Moving): never waited for under the layout lock held for writing
 //!     Arena::gate  the pool of frames
 //!     Notifiers    their tree, while callbacks run; inside it the lock of whoever is called
+//! Pins             the list of holders; waits for pages in flight, and is taken by nobody who serves faults
 //! ```
 #![no_std]
 extern crate alloc;
