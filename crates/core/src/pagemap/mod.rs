@@ -7,6 +7,7 @@
 //! Counts  a free page has count 0, allocation sets 1, [`Pagemap::put`] of the last reference frees it
 //!         (rule R3). Descriptors live in memory that is zero where nothing was stored, so that registering
 //!         a pagemap costs nothing per page; the memory may be shared between processes.
+//! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
 //!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile.
 //! Locks   none: one atomic per page and one per group.
@@ -28,6 +29,7 @@ use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange};
 pub use descriptors::{DescriptorMemory, GROUP_PAGES};
 
 use crate::device::{Device, DevicePage};
+use crate::notifier::Owner;
 use crate::sync::{AtomicUsize, Ordering};
 use descriptors::Descriptors;
 
@@ -35,6 +37,7 @@ use descriptors::Descriptors;
 pub struct Pagemap {
     start: Pfn,
     device: Arc<dyn Device>,
+    owner: Owner,
     descriptors: Descriptors,
     // Where this process's last search ended; only a hint.
     cursor: AtomicUsize,
@@ -45,6 +48,7 @@ impl fmt::Debug for Pagemap {
         f.debug_struct("Pagemap")
             .field("range", &self.range())
             .field("device", &self.device.name())
+            .field("owner", &self.owner)
             .finish_non_exhaustive()
     }
 }
@@ -70,7 +74,20 @@ impl Pagemap {
     }
 
     fn with(start: Pfn, device: Arc<dyn Device>, descriptors: Descriptors) -> Self {
-        Self { start, device, descriptors, cursor: AtomicUsize::new(0) }
+        // No two ranges of a space begin at one pfn, and every process that has the pagemap has the same one.
+        let owner = Owner(Owner::FIRST_OWN | start.get());
+        Self { start, device, owner, descriptors, cursor: AtomicUsize::new(0) }
+    }
+
+    /// The same, as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
+    #[must_use]
+    pub fn owned_by(self, owner: Owner) -> Self {
+        Self { owner, ..self }
+    }
+
+    /// Whose pages these are (the kernel's `pgmap->owner`).
+    pub const fn owner(&self) -> Owner {
+        self.owner
     }
 
     /// The pfns that belong to it.
