@@ -116,8 +116,7 @@ impl<H: Host> Mm<H> {
                 }
                 Err(error) => {
                     to.put_range(piece.pages);
-                    let why = if error == TransferError::Full { Skip::Full } else { Skip::Failed };
-                    written.failed.extend(slots.iter().map(|slot| (*slot, why)));
+                    written.failed.extend(slots.iter().map(|slot| (*slot, Skip::from(error))));
                 }
             }
         }

@@ -23,6 +23,7 @@ mod tests;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::fmt;
+use core::sync::atomic::AtomicBool;
 
 use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange};
 
@@ -39,6 +40,8 @@ pub struct Pagemap {
     device: Arc<dyn Device>,
     owner: Owner,
     descriptors: Descriptors,
+    // Whether this process gives no page out.
+    stopped: AtomicBool,
     // Where this process's last search ended; only a hint.
     cursor: AtomicUsize,
 }
@@ -76,7 +79,8 @@ impl Pagemap {
     fn with(start: Pfn, device: Arc<dyn Device>, descriptors: Descriptors) -> Self {
         // No two ranges of a space begin at one pfn, and every process that has the pagemap has the same one.
         let owner = Owner(Owner::FIRST_OWN | start.get());
-        Self { start, device, owner, descriptors, cursor: AtomicUsize::new(0) }
+        let (stopped, cursor) = (AtomicBool::new(false), AtomicUsize::new(0));
+        Self { start, device, owner, descriptors, stopped, cursor }
     }
 
     /// The same, as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
@@ -115,9 +119,22 @@ impl Pagemap {
         pfn.since(self.start).get()
     }
 
-    /// Allocates up to `most` consecutive pages, each with one reference. `None` if the device is full.
+    /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4).
+    pub fn stop_allocation(&self, stop: bool) {
+        self.stopped.store(stop, core::sync::atomic::Ordering::Release);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    /// Allocates up to `most` consecutive pages, each with one reference. `None` if the device is full, or its
+    /// allocation stopped.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate(&self, most: PageCount) -> Option<PfnRange> {
+        if self.is_stopped() {
+            return None;
+        }
         let from = self.cursor.load(Ordering::Relaxed);
         let (first, len) = self.descriptors.allocate(from, most.get())?;
         self.cursor.store(first + len, Ordering::Relaxed);
@@ -127,6 +144,9 @@ impl Pagemap {
     /// Allocates 512 consecutive pages that start at a multiple of 512. `None` if no such group is free.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate_huge(&self) -> Option<PfnRange> {
+        if self.is_stopped() {
+            return None;
+        }
         let first = self.descriptors.allocate_group()?;
         Some(PfnRange::new(self.start.forward(PageCount::new(first)), PageCount::new(CHUNK_PAGES)))
     }

@@ -93,6 +93,11 @@ impl Program {
         self.mm.prefetch(range, &mut self.scratch.borrow_mut())
     }
 
+    /// What a thread that moves pages has in its hands.
+    pub fn with_scratch<T>(&self, f: impl FnOnce(&mut Scratch) -> T) -> T {
+        f(&mut self.scratch.borrow_mut())
+    }
+
     /// `madvise(MADV_DONTNEED)`.
     pub fn dontneed(&self, range: VaRange) {
         self.mm.host().announce_removal(range);

@@ -159,7 +159,7 @@ impl Space {
         // Shared with a child since a fork, or pinned; pages that are shared can be had for a copy.
         managed.unshare(range);
         let second = managed.mm().migrate(range, since, map, Select::All);
-        Ok(Migrated { moved: first.moved.plus(second.moved), skipped: second.skipped })
+        Ok(Migrated { moved: first.moved.plus(second.moved), ..second })
     }
 
     /// Tells `subscriber` before pages of `range` change, until the subscription is dropped (the kernel's
