@@ -12,6 +12,7 @@
 //! `read` is called by fault handlers: it must not allocate, log, touch managed memory, or wait for a lock
 //! that a thread may hold while it touches managed memory (rule R7).
 
+use core::any::Any;
 use core::fmt;
 use core::ptr::NonNull;
 
@@ -48,6 +49,8 @@ pub enum TransferError {
     Short(u32),
     /// The device is gone for good.
     Gone,
+    /// The device does not take this page (the kernel's driver that allocates no destination for it).
+    Declined,
 }
 
 impl fmt::Display for TransferError {
@@ -57,6 +60,7 @@ impl fmt::Display for TransferError {
             Self::Io(errno) => write!(f, "the device failed with error {errno}"),
             Self::Short(bytes) => write!(f, "the device ended after {bytes} bytes"),
             Self::Gone => f.write_str("the device is gone"),
+            Self::Declined => f.write_str("the device does not take the page"),
         }
     }
 }
@@ -133,6 +137,57 @@ impl Transfer {
     }
 }
 
+/// One contiguous copy between consecutive pages of two devices.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerTransfer {
+    from: DevicePage,
+    to: DevicePage,
+    pages: PageCount,
+    outcome: Result<(), TransferError>,
+}
+
+impl PeerTransfer {
+    /// Describes a copy of `pages` pages, from `from` on of one device to `to` on of another.
+    pub const fn new(from: DevicePage, to: DevicePage, pages: PageCount) -> Self {
+        Self { from, to, pages, outcome: Ok(()) }
+    }
+
+    /// Adds a copy of one page if it goes on where this one ends, on both sides. `false` if it does not.
+    pub(crate) const fn extend(&mut self, from: DevicePage, to: DevicePage) -> bool {
+        let pages = self.pages.get() as u64;
+        let follows = self.from.0 + pages == from.0 && self.to.0 + pages == to.0;
+        if follows {
+            self.pages = self.pages.plus(PageCount::ONE);
+        }
+        follows
+    }
+
+    /// First page on the device that has the contents.
+    pub const fn from(&self) -> DevicePage {
+        self.from
+    }
+
+    /// First page on the device that is to have them.
+    pub const fn to(&self) -> DevicePage {
+        self.to
+    }
+
+    /// Length in pages.
+    pub const fn pages(&self) -> PageCount {
+        self.pages
+    }
+
+    /// What became of it; `Ok` until the device says otherwise.
+    pub const fn outcome(&self) -> Result<(), TransferError> {
+        self.outcome
+    }
+
+    /// Called by the device: this transfer failed.
+    pub const fn fail(&mut self, error: TransferError) {
+        self.outcome = Err(error);
+    }
+}
+
 /// Memory that can hold pages, with the engine that copies them.
 pub trait Device: Send + Sync {
     /// What people call it: its URL.
@@ -155,6 +210,20 @@ pub trait Device: Send + Sync {
     /// processor's caches.
     fn read_ahead(&self, batch: &mut [Transfer]) {
         self.read(batch);
+    }
+
+    /// Copies pages of `source`, another device, to pages of this one without a stop in RAM, and returns when all
+    /// are done and each failed one has its [`PeerTransfer::fail`]. `false` if this device cannot reach that one:
+    /// then nothing was done, and the pages go by way of RAM, which is what happens by default.
+    fn copy_from(&self, source: &dyn Device, batch: &mut [PeerTransfer]) -> bool {
+        let _ = (source, batch);
+        false
+    }
+
+    /// The device itself, for another one to find out whether it can reach it ([`Device::copy_from`]). `None` by
+    /// default: no other device can.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
     }
 
     /// Gives the space of these pages back to whoever lent it (hole punching, discard). What they hold

@@ -138,6 +138,10 @@ pub trait Host: Park {
     /// page up to which was looked: further than which, or past the end, the caller asks again.
     fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn);
 
+    /// The pages of `range` where there is nothing at all, not even the zero page or a page in swap, as
+    /// [`Host::present`] gives the present ones. Those of which that cannot be told are left out.
+    fn holes(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn);
+
     /// Lets the frames of arena slots go back to the system; the slots are empty afterwards. Many runs at a time
     /// cost less than one after the other.
     ///

@@ -4,6 +4,7 @@ use core::fmt;
 
 use uhmm_addr::{VirtAddr, Vpn};
 
+use crate::device::TransferError;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Why a page was not moved.
@@ -34,11 +35,17 @@ pub enum Skip {
     Failed,
     /// No arena slot or no memory was free.
     NoFrame,
+    /// On a device of another owner.
+    Foreign,
+    /// Not of the kinds of pages that were asked for.
+    Unselected,
+    /// The device does not take it.
+    Declined,
 }
 
 impl Skip {
     /// Every reason.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Hole,
         Self::Busy,
         Self::Refused,
@@ -51,6 +58,9 @@ impl Skip {
         Self::Full,
         Self::Failed,
         Self::NoFrame,
+        Self::Foreign,
+        Self::Unselected,
+        Self::Declined,
     ];
 
     /// A short name, as used in statistics.
@@ -68,6 +78,19 @@ impl Skip {
             Self::Full => "device-full",
             Self::Failed => "device-failed",
             Self::NoFrame => "no-frame",
+            Self::Foreign => "foreign",
+            Self::Unselected => "unselected",
+            Self::Declined => "declined",
+        }
+    }
+}
+
+impl From<TransferError> for Skip {
+    fn from(error: TransferError) -> Self {
+        match error {
+            TransferError::Full => Self::Full,
+            TransferError::Declined => Self::Declined,
+            _ => Self::Failed,
         }
     }
 }
@@ -82,6 +105,11 @@ impl Skipped {
     /// `pages` more for `reason`.
     pub const fn add(&mut self, reason: Skip, pages: usize) {
         self.counts[reason as usize] += pages as u64;
+    }
+
+    /// `pages` fewer for `reason`, as far as there are any.
+    pub const fn take_off(&mut self, reason: Skip, pages: usize) {
+        self.counts[reason as usize] = self.counts[reason as usize].saturating_sub(pages as u64);
     }
 
     /// Everything in `other` as well.

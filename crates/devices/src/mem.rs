@@ -12,6 +12,7 @@
 //! Fails    only at opening and for pages that it does not have. Memory that the machine promised and cannot
 //!          deliver ends the process, as it does everywhere on Linux.
 
+use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -20,7 +21,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use uhmm_addr::{ByteSize, PageCount};
-use uhmm_core::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
+use uhmm_core::device::{Device, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError};
 
 use crate::{Backing, DeviceUrl, Handle, OUT_OF_RANGE, OpenError, admit, fits, whole_pages};
 
@@ -139,6 +140,31 @@ impl Device for MemDevice {
 
     fn read_ahead(&self, batch: &mut [Transfer]) {
         self.read_streaming(batch, STREAM_OUT);
+    }
+
+    /// From any other device that is memory of this process.
+    fn copy_from(&self, source: &dyn Device, batch: &mut [PeerTransfer]) -> bool {
+        let Some(source) = source.as_any().and_then(<dyn Any>::downcast_ref::<Self>) else { return false };
+        if ptr::eq(self, source) {
+            return false;
+        }
+        for piece in batch {
+            if fits(source.mapping.pages, piece.from(), piece.pages())
+                && fits(self.mapping.pages, piece.to(), piece.pages())
+            {
+                let (from, to) = (source.mapping.at(piece.from()), self.mapping.at(piece.to()));
+                // SAFETY: the pages lie in the two mappings (`fits`), which are different ones, and live as long
+                // as the devices.
+                unsafe { copy(from, to, piece.pages().bytes(), STREAM_OUT) }
+            } else {
+                piece.fail(OUT_OF_RANGE);
+            }
+        }
+        true
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 
     fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {

@@ -198,6 +198,18 @@ impl LinuxHost {
         }
     }
 
+    /// The pages of `range` that match `query`, as [`Host::present`] gives them; `None` where the page map cannot
+    /// be read.
+    fn list(&self, range: VaRange, query: Query, found: &mut [VaRange]) -> Option<(usize, Vpn)> {
+        let mut regions = [Region::UNUSED; 32];
+        let most = found.len().min(regions.len());
+        let scanned = self.scanner.scan(range, query, &mut regions[..most]).ok()?;
+        for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
+            *place = region.range;
+        }
+        Some((scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE))))
+    }
+
     /// Whether there is a page, of whatever kind; `None` where the page map cannot be read.
     fn is_occupied(&self, page: Vpn) -> Option<bool> {
         let any = Query { any: Categories::PRESENT.union(Categories::SWAPPED), ..Query::default() };
@@ -310,18 +322,19 @@ impl Host for LinuxHost {
 
     /// Where the page map cannot be read, everything counts as present.
     fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
-        let mut regions = [Region::UNUSED; 32];
-        let most = found.len().min(regions.len());
-        let Ok(scanned) = self.scanner.present(range, &mut regions[..most]) else {
+        self.list(range, Query::PRESENT, found).unwrap_or_else(|| {
             if let Some(first) = found.first_mut() {
                 *first = range;
             }
-            return (1, range.end_page());
-        };
-        for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
-            *place = region.range;
-        }
-        (scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE)))
+            (1, range.end_page())
+        })
+    }
+
+    /// Where the page map cannot be read, nothing counts as a hole.
+    fn holes(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
+        let any = Categories::PRESENT.union(Categories::SWAPPED);
+        let nothing = Query { excluded: any, ..Query::default() };
+        self.list(range, nothing, found).unwrap_or((0, range.end_page()))
     }
 
     unsafe fn release(&self, runs: &[VaRange]) {

@@ -7,11 +7,12 @@
 //! Fails    when told to, and for pages that it does not have, with `Io(ENXIO)`. A transfer that is told to
 //!          fail copies nothing.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use uhmm_addr::{PAGE_SIZE, PageCount};
-use uhmm_core::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
+use uhmm_core::device::{Device, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError};
 
 const ENXIO: i32 = 6;
 
@@ -29,12 +30,14 @@ type Hook = Box<dyn Fn(FakeAccess, DevicePage, PageCount) + Send + Sync>;
 /// A device for tests, in ordinary memory.
 pub struct FakeDevice {
     memory_type: MemoryType,
+    linked: bool,
     bytes: Mutex<Vec<u8>>,
     plan: Mutex<Plan>,
     hook: Option<Hook>,
     reads: AtomicU64,
     writes: AtomicU64,
     discards: AtomicU64,
+    hops: AtomicU64,
 }
 
 #[derive(Default)]
@@ -50,13 +53,21 @@ impl FakeDevice {
     pub fn new(pages: PageCount) -> Self {
         Self {
             memory_type: MemoryType::Private,
+            linked: false,
             bytes: Mutex::new(vec![0; pages.bytes()]),
             plan: Mutex::default(),
             hook: None,
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             discards: AtomicU64::new(0),
+            hops: AtomicU64::new(0),
         }
+    }
+
+    /// The same device, with a link over which it reaches every other one that has one.
+    #[must_use]
+    pub fn with_link(self, linked: bool) -> Self {
+        Self { linked, ..self }
     }
 
     /// The same device, seen by the CPU in this way.
@@ -111,6 +122,11 @@ impl FakeDevice {
         self.discards.load(Ordering::Relaxed)
     }
 
+    /// Transfers from other devices that were asked for, failed ones included.
+    pub fn hops(&self) -> u64 {
+        self.hops.load(Ordering::Relaxed)
+    }
+
     /// What the device holds in `page`; `None` if it has no such page.
     pub fn page(&self, page: DevicePage) -> Option<Vec<u8>> {
         let (start, end) = self.span(page, PageCount::ONE)?;
@@ -159,6 +175,20 @@ impl FakeDevice {
     }
 }
 
+impl FakeDevice {
+    fn one_hop(&self, source: &Self, piece: &PeerTransfer) -> Result<(), TransferError> {
+        let (start, end) = source.span(piece.from(), piece.pages()).ok_or(TransferError::Io(ENXIO))?;
+        let (to, to_end) = self.span(piece.to(), piece.pages()).ok_or(TransferError::Io(ENXIO))?;
+        if let Some(hook) = &self.hook {
+            hook(FakeAccess::Write, piece.to(), piece.pages());
+        }
+        self.permit(FakeAccess::Write, piece.pages())?;
+        let bytes = lock(&source.bytes)[start..end].to_vec();
+        lock(&self.bytes)[to..to_end].copy_from_slice(&bytes);
+        Ok(())
+    }
+}
+
 impl Device for FakeDevice {
     fn name(&self) -> &str {
         "fake:"
@@ -188,6 +218,22 @@ impl Device for FakeDevice {
                 transfer.fail(error);
             }
         }
+    }
+
+    fn copy_from(&self, source: &dyn Device, batch: &mut [PeerTransfer]) -> bool {
+        let source = source.as_any().and_then(<dyn Any>::downcast_ref::<Self>);
+        let Some(source) = source.filter(|source| self.linked && source.linked) else { return false };
+        for piece in batch {
+            self.hops.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = self.one_hop(source, piece) {
+                piece.fail(error);
+            }
+        }
+        true
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 
     fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {

@@ -10,7 +10,7 @@ use uhmm_addr::PageCount;
 use uhmm_core::device::TransferError;
 use uhmm_core::frame::Slot;
 use uhmm_core::host::Stop;
-use uhmm_core::migrate::Select;
+use uhmm_core::migrate::{Select, Sources};
 use uhmm_core::stats::Skipped;
 use uhmm_testdev::sim_host::{Bed, Killed, Setup, page_at, pages_at};
 
@@ -23,6 +23,15 @@ enum Op {
     Load(usize),
     Migrate(usize, usize),
     MigrateCold(usize, usize),
+    /// Pages of the first device go to the other one, and the other way round.
+    Across(usize, usize),
+    Return(usize, usize),
+    /// Holes get pages of the other device.
+    Holes(usize, usize),
+    /// The first device is emptied, home or to the other one.
+    Evict {
+        home: bool,
+    },
     Stage(usize, usize),
     WriteBack,
     Prefetch(usize, usize),
@@ -41,6 +50,7 @@ enum Op {
 enum Failure {
     Host(Stop),
     Device(TransferError),
+    Other(TransferError),
 }
 
 /// What the n-th page holds, as far as the program knows. Pages that are not in the map are zeros.
@@ -106,6 +116,21 @@ impl Script {
                     Select::Cold { lap: n as u32 },
                 );
             }
+            Op::Across(n, pages) => {
+                let _ = bed.migrate_across(n, pages);
+            }
+            Op::Return(n, pages) => {
+                let sources = Sources { private: Some(bed.other_map.owner()), ..Sources::NONE };
+                let _ = bed.migrate_from(n, pages, &bed.pagemap, &sources);
+            }
+            Op::Holes(n, pages) => {
+                let sources = Sources { holes: true, ..Sources::NONE };
+                let _ = bed.migrate_from(n, pages, &bed.other_map, &sources);
+            }
+            Op::Evict { home } => {
+                let to = (!home).then_some(&bed.other_map);
+                let _ = bed.evict(to);
+            }
             Op::Stage(n, pages) => {
                 let mut skipped = Skipped::default();
                 let (collected, _) =
@@ -164,24 +189,28 @@ impl Script {
         match failure {
             Failure::Host(stop) => self.bed.host().fail_nth(n, stop),
             Failure::Device(error) => self.bed.device.fail_nth(n, error),
+            Failure::Other(error) => self.bed.other.fail_nth(n, error),
         }
     }
 
     fn is_failure_pending(&self) -> bool {
-        self.bed.host().failure_pending() || self.bed.device.failure_pending()
+        self.bed.host().failure_pending()
+            || self.bed.device.failure_pending()
+            || self.bed.other.failure_pending()
     }
 
     /// Looks at every page with nothing failing any more. Returns how many were lost in all.
     fn finish(mut self) -> usize {
         self.fail(0, Failure::Host(Stop::Pending));
         self.fail(0, Failure::Device(TransferError::Gone));
+        self.fail(0, Failure::Other(TransferError::Gone));
         (0..2 * PAGES).for_each(|n| self.load(n));
         self.bed.check_nothing_leaked();
         self.model.lost
     }
 }
 
-const FAILURES: [Failure; 8] = [
+const FAILURES: [Failure; 10] = [
     Failure::Host(Stop::Pending),
     Failure::Host(Stop::NoMemory),
     Failure::Host(Stop::Busy),
@@ -190,6 +219,8 @@ const FAILURES: [Failure; 8] = [
     Failure::Device(TransferError::Io(5)),
     Failure::Device(TransferError::Full),
     Failure::Device(TransferError::Short(17)),
+    Failure::Other(TransferError::Io(5)),
+    Failure::Other(TransferError::Declined),
 ];
 
 fn script() -> Vec<Op> {
@@ -223,6 +254,26 @@ fn script() -> Vec<Op> {
         Op::MigrateCold(0, 24),
         Op::Trim,
         Op::Load(40),
+        Op::Migrate(0, 24),
+        Op::Across(4, 16),
+        Op::Load(8),
+        Op::Store(9, 99),
+        Op::Return(12, 4),
+        Op::Holes(24, 16),
+        Op::Store(26, 26),
+        Op::Return(0, 40),
+        Op::Load(27),
+        Op::Migrate(0, 12),
+        Op::Across(0, 12),
+        Op::Load(0),
+        Op::Load(6),
+        Op::Return(1, 3),
+        Op::Migrate(24, 12),
+        Op::Load(30),
+        Op::Evict { home: false },
+        Op::Return(24, 12),
+        Op::Stage(0, 8),
+        Op::Evict { home: true },
     ]);
     ops
 }
@@ -233,11 +284,11 @@ fn setup(can_move: bool) -> Setup {
 
 #[test]
 fn whichever_step_fails_nothing_is_lost() {
-    for can_move in [true, false] {
+    for (can_move, linked) in [(true, false), (false, true)] {
         for failure in FAILURES {
             let mut steps = 0;
             for n in 1.. {
-                let mut script_run = Script::new(setup(can_move));
+                let mut script_run = Script::new(Setup { linked, ..setup(can_move) });
                 script_run.fail(n, failure);
                 script().into_iter().for_each(|op| script_run.run(op));
                 let reached = !script_run.is_failure_pending();
@@ -275,6 +326,9 @@ fn any_op() -> impl Strategy<Value = Op> {
         6 => (0..2 * PAGES).prop_map(Op::Load),
         6 => span.clone().prop_map(|(n, pages)| Op::Migrate(n, pages)),
         2 => span.clone().prop_map(|(n, pages)| Op::MigrateCold(n, pages)),
+        3 => span.clone().prop_map(|(n, pages)| Op::Across(n, pages)),
+        2 => span.clone().prop_map(|(n, pages)| Op::Return(n, pages)),
+        2 => span.clone().prop_map(|(n, pages)| Op::Holes(n, pages)),
         4 => span.clone().prop_map(|(n, pages)| Op::Stage(n, pages)),
         3 => Just(Op::WriteBack),
         2 => span.clone().prop_map(|(n, pages)| Op::Prefetch(n, pages)),
@@ -283,6 +337,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => span.clone().prop_map(|(n, pages)| Op::Remap(n, pages)),
         2 => (page, any::<bool>()).prop_map(|(n, hold)| Op::HoldForDma(n, hold)),
         1 => (span, any::<bool>()).prop_map(|((n, pages), pinned)| Op::Pin(n, pages, pinned)),
+        1 => any::<bool>().prop_map(|home| Op::Evict { home }),
         1 => any::<bool>().prop_map(Op::Track),
         1 => Just(Op::Trim),
     ]
@@ -299,16 +354,17 @@ proptest! {
     #[test]
     fn random_scripts_agree_with_the_model(
         can_move in any::<bool>(),
+        linked in any::<bool>(),
         window in 1..20usize,
         slots in 4..64usize,
         device in 8..128usize,
         steps in prop::collection::vec(any_step(), 1..60),
     ) {
-        let mut script = Script::new(Setup { window: (window.min(4), window), slots, device, ..setup(can_move) });
+        let mut script = Script::new(Setup { window: (window.min(4), window), slots, device, linked, ..setup(can_move) });
         if device % 3 == 0 {
             script.bed.device.full_after(PageCount::new(device / 2));
         }
-        let device_fails = steps.iter().any(|step| matches!(step, (_, Some((_, Failure::Device(_))))));
+        let device_fails = steps.iter().any(|step| matches!(step, (_, Some((_, Failure::Device(_) | Failure::Other(_))))));
         for (op, failure) in steps {
             if let Some((n, failure)) = failure {
                 script.fail(n, failure);

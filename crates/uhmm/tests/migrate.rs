@@ -156,6 +156,9 @@ fn migrate_between_devices(setup: Setup) {
     settle(&space, buffer.range());
     assert_eq!(space.prefetch(buffer.range()).unwrap(), PageCount::ZERO);
     assert_eq!(space.migrate_to(buffer.range(), 1).unwrap().moved, ALL);
+    // Where it was asked to go, and not where a clean copy of it was left.
+    assert_eq!(space.device_pages(0), Some(PageCount::ZERO));
+    assert_eq!(space.device_pages(1), Some(ALL));
     check(&buffer, 7);
 }
 

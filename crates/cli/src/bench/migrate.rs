@@ -37,14 +37,14 @@ pub(crate) fn send_away(space: &Space, buffer: &Buffer<u64>) -> Result<(), RowEr
     let of = buffer.range().pages();
     let sent = space.migrate(buffer.range()).map_err(RowError::unavailable)?;
     let (moved, skipped) = (sent.moved, sent.skipped);
-    if moved == of { Ok(()) } else { Err(RowError::Incomplete { moved, of, skipped }) }
+    if moved == of { Ok(()) } else { Err(RowError::Incomplete { moved, of, skipped: Box::new(skipped) }) }
 }
 
 fn bring_back(space: &Space, buffer: &Buffer<u64>) -> Result<(), RowError> {
     let of = buffer.range().pages();
     let moved = space.prefetch(buffer.range()).map_err(RowError::unavailable)?;
     let skipped = Skipped::default();
-    if moved == of { Ok(()) } else { Err(RowError::Incomplete { moved, of, skipped }) }
+    if moved == of { Ok(()) } else { Err(RowError::Incomplete { moved, of, skipped: Box::new(skipped) }) }
 }
 
 /// Which way a row goes.

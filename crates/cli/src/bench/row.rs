@@ -53,7 +53,7 @@ pub(crate) enum RowError {
         /// Of so many.
         of: PageCount,
         /// Why the others did not, as far as is known.
-        skipped: Skipped,
+        skipped: Box<Skipped>,
     },
     /// The system refuses something.
     #[error("cannot be measured here: {0}")]

@@ -86,6 +86,11 @@ impl<H: Host> Mm<H> {
                 if copying {
                     self.grant(window);
                 }
+                if scratch.ahead {
+                    // Nobody asked for it: where it is, a touch may find it yet.
+                    self.leave_on_device(page, scratch.pfns[0]);
+                    return Step::Done(Resolution::Resolved(PageCount::ZERO));
+                }
                 return self.lose(page, scratch.pfns[0], error);
             }
             let touched = PageCount::ZERO;

@@ -59,4 +59,22 @@ impl<H: Host> Mm<H> {
         self.stats.add(Counter::Lifted, 1);
         Step::Done(Resolution::Resolved(pages))
     }
+
+    /// Parts a page in RAM from its copy on a device: it stays, writable. `false` if that cannot be done now, or the
+    /// word had changed.
+    pub(crate) fn drop_copy(&self, page: Vpn, word: PageWord) -> bool {
+        let _layout = self.layout.read(&self.host);
+        let entry = self.table.entry(page);
+        if entry.exchange(word, PageWord::filling().with_pinned(word.is_pinned())).is_err() {
+            return false;
+        }
+        // Until the word says that the copy is gone, whoever wants to write waits.
+        let lifted = self.host.write_protect(VaRange::page(page), false).stop != Stop::Pending;
+        let left = entry.leave(if lifted { word.without_copy() } else { word });
+        if lifted {
+            self.free(word);
+        }
+        self.after_leave(page, left.wake);
+        lifted
+    }
 }

@@ -12,7 +12,7 @@ use super::window::{Direction, Window};
 use crate::device::TransferError;
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
-use crate::pagetable::State;
+use crate::pagetable::{PageWord, State};
 use crate::stats::Counter;
 
 /// A fault, as an engine hands it in.
@@ -107,12 +107,8 @@ impl<H: Host> Mm<H> {
             if word.state() == State::Device || word.state() == State::Staged {
                 let room = PageCount::new(CHUNK_PAGES - page.in_chunk());
                 let most = part.pages().at_most(room).at_most(MAX_WINDOW);
-                let asked = Window { pages: most, direction: Direction::Up };
                 let done = if word.state() == State::Device {
-                    scratch.ahead = true;
-                    let done = self.fetch(page, word, asked, self.tracks(page), scratch);
-                    scratch.ahead = false;
-                    done
+                    self.fetch_ahead(page, word, most, self.tracks(page), scratch)
                 } else {
                     self.take_back(page, word, Access::Read)
                 };
@@ -128,6 +124,38 @@ impl<H: Host> Mm<H> {
             rest = part.skip(step);
         }
         home
+    }
+
+    /// Brings pages that nobody waits for home, up to `most` from `page` on. One that cannot be read stays where it
+    /// is.
+    fn fetch_ahead(
+        &self,
+        page: Vpn,
+        word: PageWord,
+        most: PageCount,
+        tracked: bool,
+        scratch: &mut Scratch,
+    ) -> Step {
+        scratch.ahead = true;
+        let asked = Window { pages: most, direction: Direction::Up };
+        let done = self.fetch(page, word, asked, tracked, scratch);
+        scratch.ahead = false;
+        done
+    }
+
+    /// Brings pages home for good, with no page left on the device: up to `most` from `page` on, whose word is
+    /// `word`. `None` if the word had changed.
+    pub(crate) fn fetch_now(
+        &self,
+        page: Vpn,
+        word: PageWord,
+        most: PageCount,
+        scratch: &mut Scratch,
+    ) -> Option<Resolution> {
+        match self.fetch_ahead(page, word, most.at_most(MAX_WINDOW), false, scratch) {
+            Step::Done(resolution) => Some(resolution),
+            Step::Again => None,
+        }
     }
 
     /// Gives a fault up that must not be answered with bytes: the page becomes poisoned.

@@ -12,10 +12,10 @@ pub const MAX_WINDOW: PageCount = PageCount::new(64);
 /// Working memory for one fault at a time.
 #[derive(Debug)]
 pub struct Scratch {
-    pub(super) bounce: NonNull<u8>,
+    pub(crate) bounce: NonNull<u8>,
     pub(super) zeros: NonNull<u8>,
     pub(super) pfns: [Pfn; MAX_WINDOW.get()],
-    pub(super) transfers: Transfers,
+    pub(crate) transfers: Transfers,
     /// Nobody waits for the pages.
     pub(super) ahead: bool,
 }
@@ -48,13 +48,13 @@ impl Scratch {
 
 /// Transfers of one window: a vector that cannot grow.
 #[derive(Debug)]
-pub(super) struct Transfers {
+pub(crate) struct Transfers {
     items: [Transfer; MAX_WINDOW.get()],
     len: usize,
 }
 
 impl Transfers {
-    pub(super) const fn clear(&mut self) {
+    pub(crate) const fn clear(&mut self) {
         self.len = 0;
     }
 
@@ -62,7 +62,7 @@ impl Transfers {
     ///
     /// # Safety
     /// As [`Transfer::new`].
-    pub(super) unsafe fn push(&mut self, page: DevicePage, ram: NonNull<u8>) {
+    pub(crate) unsafe fn push(&mut self, page: DevicePage, ram: NonNull<u8>) {
         if self.len > 0 && self.items[self.len - 1].extend(page, ram, PageCount::ONE) {
             return;
         }
@@ -71,7 +71,7 @@ impl Transfers {
         self.len += 1;
     }
 
-    pub(super) fn as_mut_slice(&mut self) -> &mut [Transfer] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [Transfer] {
         &mut self.items[..self.len]
     }
 }

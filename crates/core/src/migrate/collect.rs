@@ -7,6 +7,7 @@ use uhmm_addr::{PageCount, VaRange, Vpn};
 use crate::frame::{Empty, Framed, Run};
 use crate::host::Host;
 use crate::mm::{Epoch, Mm};
+use crate::notifier::Owner;
 use crate::pagetable::{Kind, PageWord, State};
 use crate::stats::{Skip, Skipped};
 use crate::sync::ReadGuard;
@@ -46,6 +47,8 @@ pub struct Collected<'m, H: Host> {
     pub(super) range: VaRange,
     pub(super) run: Option<Run<'m, Empty, H>>,
     pub(super) layout: Option<ReadGuard<'m, H>>,
+    /// Whose doing the migration is.
+    pub(super) by: Option<Owner>,
     /// Room for every run that the next phase may find, made before the layout lock was taken: a thread that
     /// forks holds the allocator's locks until its event is read, which takes the layout lock.
     pub(super) runs: Vec<Run<'m, Framed, H>>,
@@ -103,7 +106,8 @@ impl<H: Host> Mm<H> {
             return (None, passed);
         };
         let (run, _unused) = run.split(claimed);
-        let collected = Collected { mm: self, range: claimed_range, run, layout: Some(layout), runs };
+        let collected =
+            Collected { mm: self, range: claimed_range, run, layout: Some(layout), by: None, runs };
         (Some(collected), passed.plus(claimed))
     }
 
@@ -141,6 +145,15 @@ impl<H: Host> Mm<H> {
             self.free(word);
         }
         self.after_leave(page, left.wake);
+    }
+}
+
+impl<H: Host> Collected<'_, H> {
+    /// The same, as the doing of `owner`, whose driver brings its own mirrors up to date and passes over what it
+    /// is told of this migration.
+    pub fn by(mut self, owner: Option<Owner>) -> Self {
+        self.by = owner;
+        self
     }
 }
 

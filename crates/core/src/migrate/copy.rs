@@ -42,8 +42,17 @@ impl<'m, H: Host> Isolated<'m, H> {
     /// counted.
     pub fn copy(mut self, to: &Arc<Pagemap>, skipped: &mut Skipped) -> Copied<'m, H> {
         let slots: Vec<Slot> = self.slots().collect();
-        let Written { done, failed } = self.mm.write_slots(&slots, to);
         let mm = self.mm;
+        // A copy that another device keeps is not where the page is to go.
+        for slot in &slots {
+            let (arena, index) = mm.arena_of(*slot);
+            if arena.copy_of(index).is_some_and(|copy| !to.range().contains(copy))
+                && let Some(copy) = arena.take_copy(index)
+            {
+                mm.pagemaps.of(copy).put(copy);
+            }
+        }
+        let Written { done, failed } = mm.write_slots(&slots, to);
         for run in core::mem::take(&mut self.runs) {
             run.dissolve();
         }
@@ -107,8 +116,7 @@ impl<H: Host> Mm<H> {
                 }
                 Err(error) => {
                     to.put_range(piece.pages);
-                    let why = if error == TransferError::Full { Skip::Full } else { Skip::Failed };
-                    written.failed.extend(slots.iter().map(|slot| (*slot, why)));
+                    written.failed.extend(slots.iter().map(|slot| (*slot, Skip::from(error))));
                 }
             }
         }

@@ -1,17 +1,14 @@
 //! Whole chunks that leave as one huge page.
 
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange};
 
-use super::collect::Select;
-use crate::device::{Transfer, TransferError};
+use super::Job;
+use crate::device::Transfer;
 use crate::frame::Slot;
 use crate::host::Host;
-use crate::mm::{Epoch, Mm};
-use crate::notifier::Event;
-use crate::pagemap::Pagemap;
+use crate::mm::Mm;
 use crate::pagetable::PageWord;
 use crate::stats::{Counter, Skip, Skipped};
 
@@ -21,11 +18,10 @@ impl<H: Host> Mm<H> {
     pub(super) fn migrate_huge(
         &self,
         chunk: VaRange,
-        since: Epoch,
-        to: &Arc<Pagemap>,
-        select: Select,
+        job: &Job<'_>,
         skipped: &mut Skipped,
     ) -> Option<PageCount> {
+        let Job { since, to, select, by } = *job;
         let huge = self.huge.as_ref()?;
         if chunk.pages().get() < CHUNK_PAGES || !self.host.is_huge(chunk) {
             return None;
@@ -50,7 +46,7 @@ impl<H: Host> Mm<H> {
                     && entry.exchange(word, PageWord::moving_out(Self::huge_slot(*slot))).is_ok()
             })
             .count();
-        let _told = self.tell(chunk, Event::Migrate);
+        let _told = self.tell_migration(chunk, by);
         let mut taken = PageCount::ZERO;
         if claimed == CHUNK_PAGES {
             // SAFETY: the words are claimed, the slots are the run's.
@@ -87,10 +83,7 @@ impl<H: Host> Mm<H> {
         // SAFETY: the frame is the run's; faulters only read it.
         let mut batch = [unsafe { Transfer::new(to.device_page(pages.start), run.as_ptr(), run.pages()) }];
         to.device().write(&mut batch);
-        let failed = batch[0]
-            .outcome()
-            .err()
-            .map(|error| if error == TransferError::Full { Skip::Full } else { Skip::Failed });
+        let failed = batch[0].outcome().err().map(Skip::from);
         let mut moved = PageCount::ZERO;
         if let Some(why) = failed {
             skipped.add(why, CHUNK_PAGES);

@@ -9,7 +9,6 @@ use super::collect::Collected;
 use crate::frame::{Empty, Framed, Run, RunState, Slot};
 use crate::host::{Host, Install, Stop};
 use crate::mm::Mm;
-use crate::notifier::Event;
 use crate::pagetable::PageWord;
 use crate::stats::{Counter, Skip, Skipped};
 
@@ -41,7 +40,7 @@ impl<'m, H: Host> Collected<'m, H> {
     /// Takes the pages out. Those that cannot be are given back and counted; `None` if that is all.
     pub fn isolate(mut self, skipped: &mut Skipped) -> Option<Isolated<'m, H>> {
         let mm = self.mm;
-        let _told = mm.tell(self.range, Event::Migrate);
+        let _told = mm.tell_migration(self.range, self.by);
         let mut isolated = Isolated { mm, runs: core::mem::take(&mut self.runs) };
         let mut rest = self.run.take().map(|run| (self.range, run));
         let mut busy = 0;

@@ -55,9 +55,12 @@
 //! }
 //! ```
 
+mod between;
 mod collect;
 mod commit;
 mod copy;
+mod evict;
+mod holes;
 mod huge;
 mod isolate;
 mod staged;
@@ -71,13 +74,40 @@ pub use copy::Copied;
 pub use isolate::Isolated;
 pub use staged::WriteBack;
 
+use crate::fault::Scratch;
 use crate::host::Host;
 use crate::mm::{Epoch, Mm};
+use crate::notifier::Owner;
 use crate::pagemap::Pagemap;
-use crate::stats::Skipped;
+use crate::stats::{Skip, Skipped};
 
 /// The most pages that one batch moves: a chunk.
 pub const BATCH: PageCount = PageCount::new(uhmm_addr::CHUNK_PAGES);
+
+/// Which pages of a range move (the kernel's `MIGRATE_VMA_SELECT_*`), and whose doing it is.
+///
+/// The kernel has one owner for both; here whoever does not say that a migration is his own doing
+/// ([`Sources::by`]) is told of it like everybody else, and no mirror can be out of date for that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sources {
+    /// Pages in RAM, all or the cold ones (`SELECT_SYSTEM`).
+    pub ram: Option<Select>,
+    /// Pages that were never written: they get a page on the device, which reads as zeros, without a copy.
+    pub holes: bool,
+    /// Pages on private devices of this owner (`SELECT_DEVICE_PRIVATE`).
+    pub private: Option<Owner>,
+    /// Pages on coherent devices of this owner (`SELECT_DEVICE_COHERENT`).
+    pub coherent: Option<Owner>,
+    /// Whose doing the migration is: that owner's driver brings its mirrors up to date itself.
+    pub by: Option<Owner>,
+}
+
+impl Sources {
+    /// No page at all, to add to.
+    pub const NONE: Self = Self { ram: None, holes: false, private: None, coherent: None, by: None };
+    /// Pages in RAM and holes, as the kernel selects them.
+    pub const RAM: Self = Self { ram: Some(Select::All), holes: true, ..Self::NONE };
+}
 
 /// What a migration did.
 #[must_use]
@@ -85,8 +115,31 @@ pub const BATCH: PageCount = PageCount::new(uhmm_addr::CHUNK_PAGES);
 pub struct Migrated {
     /// Pages that are on the device now.
     pub moved: PageCount,
+    /// Of these, the ones that had nothing in them: nothing was copied.
+    pub holes: PageCount,
+    /// Of these, the ones that came from another device without a stop in RAM.
+    pub direct: PageCount,
     /// The others, by reason.
     pub skipped: Skipped,
+}
+
+impl Migrated {
+    /// What `other` did as well.
+    pub fn merge(&mut self, other: &Self) {
+        self.moved = self.moved.plus(other.moved);
+        self.holes = self.holes.plus(other.holes);
+        self.direct = self.direct.plus(other.direct);
+        self.skipped.merge(&other.skipped);
+    }
+}
+
+/// How pages leave RAM.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    since: Epoch,
+    to: &'a Arc<Pagemap>,
+    select: Select,
+    by: Option<Owner>,
 }
 
 impl<H: Host> Mm<H> {
@@ -98,22 +151,81 @@ impl<H: Host> Mm<H> {
     pub fn migrate(&self, range: VaRange, since: Epoch, to: &Arc<Pagemap>, select: Select) -> Migrated {
         let mut result = Migrated::default();
         for chunk in range.chunks() {
-            if let Some(moved) = self.migrate_huge(chunk, since, to, select, &mut result.skipped) {
-                result.moved = result.moved.plus(moved);
-                continue;
-            }
+            self.migrate_present(chunk, &Job { since, to, select, by: None }, &mut result);
+        }
+        self.stats.skip(&result.skipped);
+        result
+    }
+
+    /// As [`Mm::migrate`], of the pages that `sources` says. Every page of `range` is counted once, as moved or by
+    /// the reason why it was not.
+    pub fn migrate_from(
+        &self,
+        range: VaRange,
+        since: Epoch,
+        to: &Arc<Pagemap>,
+        sources: &Sources,
+        scratch: &mut Scratch,
+    ) -> Migrated {
+        let mut result = Migrated::default();
+        for chunk in range.chunks() {
             let mut rest = Some(chunk);
             while let Some(part) = rest {
-                let (collected, looked_at) = self.collect(part, since, select, &mut result.skipped);
-                rest = part.skip(looked_at);
-                let Some(collected) = collected else { continue };
-                if let Some(isolated) = collected.isolate(&mut result.skipped) {
-                    let copied = isolated.copy(to, &mut result.skipped);
-                    result.moved = result.moved.plus(copied.commit(&mut result.skipped));
+                let away = |page| self.table.entry(page).load().is_on_device();
+                let is_away = away(part.first());
+                let others = part.iter().skip(1).take_while(|page| away(*page) == is_away).count();
+                let part_alike = part.take(PageCount::new(1 + others));
+                rest = part.skip(part_alike.pages());
+                if is_away {
+                    self.migrate_between(part_alike, to, sources, scratch, &mut result);
+                } else {
+                    self.migrate_home(part_alike, since, to, sources, &mut result);
                 }
             }
         }
         self.stats.skip(&result.skipped);
         result
+    }
+
+    /// Moves pages of one chunk that are on no device, as far as `sources` says.
+    fn migrate_home(
+        &self,
+        range: VaRange,
+        since: Epoch,
+        to: &Arc<Pagemap>,
+        sources: &Sources,
+        result: &mut Migrated,
+    ) {
+        let left = if sources.holes {
+            self.migrate_holes(range, since, to, sources.by, result)
+        } else {
+            alloc::vec![range]
+        };
+        for part in left {
+            match sources.ram {
+                Some(select) => {
+                    self.migrate_present(part, &Job { since, to, select, by: sources.by }, result);
+                }
+                None => result.skipped.add(Skip::Unselected, part.pages().get()),
+            }
+        }
+    }
+
+    /// Moves the present pages of a chunk, or of a part of one.
+    fn migrate_present(&self, chunk: VaRange, job: &Job<'_>, result: &mut Migrated) {
+        if let Some(moved) = self.migrate_huge(chunk, job, &mut result.skipped) {
+            result.moved = result.moved.plus(moved);
+            return;
+        }
+        let mut rest = Some(chunk);
+        while let Some(part) = rest {
+            let (collected, looked_at) = self.collect(part, job.since, job.select, &mut result.skipped);
+            rest = part.skip(looked_at);
+            let Some(collected) = collected else { continue };
+            if let Some(isolated) = collected.by(job.by).isolate(&mut result.skipped) {
+                let copied = isolated.copy(job.to, &mut result.skipped);
+                result.moved = result.moved.plus(copied.commit(&mut result.skipped));
+            }
+        }
     }
 }

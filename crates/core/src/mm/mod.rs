@@ -35,7 +35,7 @@ use discard::OwnDiscard;
 use crate::fault::window::Windows;
 use crate::frame::Arena;
 use crate::host::Host;
-use crate::notifier::{Change, Event, Invalidation, Notifiers};
+use crate::notifier::{Change, Event, Invalidation, Notifiers, Owner};
 use crate::pagemap::PagemapSet;
 use crate::pagetable::PageTable;
 use crate::pin::Pins;
@@ -226,7 +226,17 @@ impl<H: Host> Mm<H> {
     /// Tells whoever subscribed that `range` changes, until the guard is dropped. Pages that move are claimed before
     /// this and settled before its end: who collects meanwhile finds them moving, or waits.
     pub(crate) fn tell(&self, range: VaRange, event: Event) -> Option<Invalidation<'_, H>> {
-        let told = self.notifiers.begin(&self.host, &Change::new(range, event));
+        self.tell_change(&Change::new(range, event))
+    }
+
+    /// As [`Mm::tell`], of a migration that is the doing of `owner`, if it is somebody's: a subscriber of that
+    /// owner may pass over it.
+    pub(crate) fn tell_migration(&self, range: VaRange, owner: Option<Owner>) -> Option<Invalidation<'_, H>> {
+        self.tell_change(&Change { owner, ..Change::new(range, Event::Migrate) })
+    }
+
+    fn tell_change(&self, change: &Change) -> Option<Invalidation<'_, H>> {
+        let told = self.notifiers.begin(&self.host, change);
         debug_assert!(told.is_ok(), "a change that may block was refused");
         told.ok()
     }

@@ -56,9 +56,18 @@ pub enum Event {
     Release,
 }
 
-/// Who brings a change about, so that a driver can pass over its own (the kernel's `range->owner`).
+/// Whose pages these are, and who brings a change about, so that a driver can pass over its own (the kernel's
+/// `pgmap->owner` and `range->owner`).
+///
+/// Drivers choose their numbers, below [`Owner::FIRST_OWN`]; devices that share a coherent link may share one.
+/// A pagemap of which nothing is said has one for itself, from there on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Owner(pub u64);
+
+impl Owner {
+    /// The first number that belongs to pagemaps that have an owner to themselves.
+    pub const FIRST_OWN: u64 = 1 << 63;
+}
 
 /// A change, as subscribers are told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -7,6 +7,7 @@
 //! Counts  a free page has count 0, allocation sets 1, [`Pagemap::put`] of the last reference frees it
 //!         (rule R3). Descriptors live in memory that is zero where nothing was stored, so that registering
 //!         a pagemap costs nothing per page; the memory may be shared between processes.
+//! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
 //!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile.
 //! Locks   none: one atomic per page and one per group.
@@ -22,12 +23,14 @@ mod tests;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::fmt;
+use core::sync::atomic::AtomicBool;
 
 use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange};
 
 pub use descriptors::{DescriptorMemory, GROUP_PAGES};
 
 use crate::device::{Device, DevicePage};
+use crate::notifier::Owner;
 use crate::sync::{AtomicUsize, Ordering};
 use descriptors::Descriptors;
 
@@ -35,7 +38,10 @@ use descriptors::Descriptors;
 pub struct Pagemap {
     start: Pfn,
     device: Arc<dyn Device>,
+    owner: Owner,
     descriptors: Descriptors,
+    // Whether this process gives no page out.
+    stopped: AtomicBool,
     // Where this process's last search ended; only a hint.
     cursor: AtomicUsize,
 }
@@ -45,6 +51,7 @@ impl fmt::Debug for Pagemap {
         f.debug_struct("Pagemap")
             .field("range", &self.range())
             .field("device", &self.device.name())
+            .field("owner", &self.owner)
             .finish_non_exhaustive()
     }
 }
@@ -70,7 +77,21 @@ impl Pagemap {
     }
 
     fn with(start: Pfn, device: Arc<dyn Device>, descriptors: Descriptors) -> Self {
-        Self { start, device, descriptors, cursor: AtomicUsize::new(0) }
+        // No two ranges of a space begin at one pfn, and every process that has the pagemap has the same one.
+        let owner = Owner(Owner::FIRST_OWN | start.get());
+        let (stopped, cursor) = (AtomicBool::new(false), AtomicUsize::new(0));
+        Self { start, device, owner, descriptors, stopped, cursor }
+    }
+
+    /// The same, as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
+    #[must_use]
+    pub fn owned_by(self, owner: Owner) -> Self {
+        Self { owner, ..self }
+    }
+
+    /// Whose pages these are (the kernel's `pgmap->owner`).
+    pub const fn owner(&self) -> Owner {
+        self.owner
     }
 
     /// The pfns that belong to it.
@@ -98,9 +119,22 @@ impl Pagemap {
         pfn.since(self.start).get()
     }
 
-    /// Allocates up to `most` consecutive pages, each with one reference. `None` if the device is full.
+    /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4).
+    pub fn stop_allocation(&self, stop: bool) {
+        self.stopped.store(stop, core::sync::atomic::Ordering::Release);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    /// Allocates up to `most` consecutive pages, each with one reference. `None` if the device is full, or its
+    /// allocation stopped.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate(&self, most: PageCount) -> Option<PfnRange> {
+        if self.is_stopped() {
+            return None;
+        }
         let from = self.cursor.load(Ordering::Relaxed);
         let (first, len) = self.descriptors.allocate(from, most.get())?;
         self.cursor.store(first + len, Ordering::Relaxed);
@@ -110,6 +144,9 @@ impl Pagemap {
     /// Allocates 512 consecutive pages that start at a multiple of 512. `None` if no such group is free.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate_huge(&self) -> Option<PfnRange> {
+        if self.is_stopped() {
+            return None;
+        }
         let first = self.descriptors.allocate_group()?;
         Some(PfnRange::new(self.start.forward(PageCount::new(first)), PageCount::new(CHUNK_PAGES)))
     }

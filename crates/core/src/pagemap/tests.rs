@@ -10,6 +10,7 @@ use uhmm_addr::{PageCount, Pfn, PfnRange};
 use super::descriptors::Descriptors;
 use super::{DescriptorMemory, GROUP_PAGES, Pagemap, PagemapSet};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
+use crate::notifier::Owner;
 
 /// A device that only remembers what was discarded.
 struct Discards {
@@ -86,6 +87,19 @@ fn a_page_is_free_when_the_last_reference_is_put() {
     assert_eq!((map.count(pfn(0)), map.live().get()), (1, 1));
     map.put(pfn(0));
     assert_eq!((map.count(pfn(0)), map.live().get()), (0, 0));
+}
+
+#[test]
+fn a_pagemap_has_an_owner_to_itself_unless_it_is_said_to_share_one() {
+    let at = |start, owner: Option<u64>| {
+        let device = Discards { pages: 4, seen: Mutex::default(), refuses: false };
+        let map = Pagemap::new(Pfn::new(start), Arc::new(device));
+        if let Some(owner) = owner { map.owned_by(Owner(owner)) } else { map }
+    };
+    assert_ne!(at(0, None).owner(), at(4, None).owner());
+    assert_eq!(at(4, None).owner(), at(4, None).owner(), "in another process as well");
+    assert!(at(0, None).owner().0 >= Owner::FIRST_OWN);
+    assert_eq!(at(0, Some(7)).owner(), at(4, Some(7)).owner());
 }
 
 #[test]

@@ -185,6 +185,11 @@ impl PageWord {
         }
     }
 
+    /// Whether the page is on a device, and nowhere else.
+    pub const fn is_on_device(self) -> bool {
+        matches!(self.state(), State::Device | State::Coherent | State::Exclusive)
+    }
+
     /// Somebody waits for the end of the move and must be woken.
     pub const fn is_waited(self) -> bool {
         self.0 & WAITED != 0

@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, VaRange, Vpn};
-use uhmm_core::device::TransferError;
+use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange, VaRange, Vpn};
+use uhmm_core::device::{MemoryType, TransferError};
 use uhmm_core::fault::window::Windows;
 use uhmm_core::frame::Arena;
-use uhmm_core::migrate::{Migrated, Select};
+use uhmm_core::migrate::{Migrated, Select, Sources};
 use uhmm_core::mm::{Mm, Parts};
+use uhmm_core::notifier::Owner;
 use uhmm_core::pagemap::{Pagemap, PagemapSet};
 use uhmm_core::pagetable::{PageTable, PageWord};
 
@@ -47,6 +48,14 @@ pub struct Setup {
     pub track: bool,
     /// Whether frames can change places.
     pub can_move: bool,
+    /// Pages of the other device.
+    pub other: usize,
+    /// How the CPU sees the other device.
+    pub other_type: MemoryType,
+    /// Whether the two devices reach each other.
+    pub linked: bool,
+    /// Whether the two devices have one owner.
+    pub shared_owner: bool,
 }
 
 impl Default for Setup {
@@ -59,11 +68,15 @@ impl Default for Setup {
             window: (1, 1),
             track: false,
             can_move: true,
+            other: 128,
+            other_type: MemoryType::Private,
+            linked: false,
+            shared_owner: false,
         }
     }
 }
 
-/// An address space over a simulated host and a fake device.
+/// An address space over a simulated host and two fake devices.
 pub struct Bed {
     /// The address space.
     pub mm: Arc<Mm<SimHost>>,
@@ -73,6 +86,10 @@ pub struct Bed {
     pub device: Arc<FakeDevice>,
     /// Its pagemap.
     pub pagemap: Arc<Pagemap>,
+    /// The other device.
+    pub other: Arc<FakeDevice>,
+    /// Its pagemap.
+    pub other_map: Arc<Pagemap>,
     reads: Arc<Mutex<Reads>>,
     setup: Setup,
 }
@@ -89,11 +106,18 @@ impl Bed {
         let huge = VaRange::of_pages(host.arena().first(), huge_pages);
         let slots = host.arena().skip(huge_pages).expect("a bed has 4 KiB slots");
         let reads = Arc::new(Mutex::new(Reads::default()));
-        let device = device(PageCount::new(setup.device), reads.clone());
-        let pagemap = Arc::new(Pagemap::new(Pfn::new(1 << 20), device.clone()));
+        let device = device(PageCount::new(setup.device), reads.clone(), setup.linked);
+        let other = FakeDevice::new(PageCount::new(setup.other));
+        let other = Arc::new(other.with_memory_type(setup.other_type).with_link(setup.linked));
+        let mut pagemap = Pagemap::new(Pfn::new(1 << 20), device.clone());
+        let mut other_map = Pagemap::new(Pfn::new(1 << 30), other.clone());
+        if setup.shared_owner {
+            (pagemap, other_map) = (pagemap.owned_by(Owner(1)), other_map.owned_by(Owner(1)));
+        }
+        let (pagemap, other_map) = (Arc::new(pagemap), Arc::new(other_map));
         let mm = Arc::new(Mm::new(Parts {
             table: PageTable::owned(page_at(0), PageCount::new(setup.memory)),
-            pagemaps: PagemapSet::new([pagemap.clone()]),
+            pagemaps: PagemapSet::new([pagemap.clone(), other_map.clone()]),
             arena: Arena::new(slots, Geometry::K4),
             huge: huge.map(|range| Arena::new(range, Geometry::M2)),
             windows: Windows::new(PageCount::new(setup.window.0), PageCount::new(setup.window.1)),
@@ -107,7 +131,7 @@ impl Bed {
                 deliver(&mm);
             }
         });
-        Self { program: Program::new(mm.clone()), mm, device, pagemap, reads, setup }
+        Self { program: Program::new(mm.clone()), mm, device, pagemap, other, other_map, reads, setup }
     }
 
     /// Makes every read of the device fail, or lets reads succeed again.
@@ -148,6 +172,32 @@ impl Bed {
         self.mm.migrate(pages_at(first, pages), self.mm.epoch(), &self.pagemap, Select::All)
     }
 
+    /// Moves the pages that `sources` says to `to`.
+    pub fn migrate_from(&self, first: usize, pages: usize, to: &Arc<Pagemap>, sources: &Sources) -> Migrated {
+        let range = pages_at(first, pages);
+        let done = self
+            .program
+            .with_scratch(|scratch| self.mm.migrate_from(range, self.mm.epoch(), to, sources, scratch));
+        assert_eq!(done.moved.get() + done.skipped.total() as usize, pages, "{done:?}");
+        done
+    }
+
+    /// Moves pages of the first device to the other one.
+    pub fn migrate_across(&self, first: usize, pages: usize) -> Migrated {
+        let sources = Sources { private: Some(self.pagemap.owner()), ..Sources::NONE };
+        self.migrate_from(first, pages, &self.other_map, &sources)
+    }
+
+    /// Empties the first device: its pages go home, or to the other one.
+    pub fn evict(&self, to: Option<&Arc<Pagemap>>) -> Migrated {
+        self.evict_pfns(self.pagemap.range(), to)
+    }
+
+    /// Gives up these device pages.
+    pub fn evict_pfns(&self, pages: PfnRange, to: Option<&Arc<Pagemap>>) -> Migrated {
+        self.program.with_scratch(|scratch| self.mm.evict_pfns(self.memory(), pages, to, scratch))
+    }
+
     /// Asserts that these pages say what [`Bed::fill`] wrote.
     pub fn check(&self, first: usize, pages: usize) {
         for n in first..first + pages {
@@ -160,6 +210,7 @@ impl Bed {
         self.host().fail_nth(0, uhmm_core::host::Stop::Complete);
         self.program.unmap(self.memory());
         assert_eq!(self.pagemap.live(), PageCount::ZERO, "device pages are in use");
+        assert_eq!(self.other_map.live(), PageCount::ZERO, "pages of the other device are in use");
         let mut frames = 0;
         for arena in [Some(self.mm.arena()), self.mm.huge_arena()].into_iter().flatten() {
             let (framed, empty) = (arena.free_frames(self.host()), arena.free_slots(self.host()));
@@ -185,10 +236,10 @@ fn lock(reads: &Mutex<Reads>) -> std::sync::MutexGuard<'_, Reads> {
 }
 
 /// A device whose reads do as `reads` says.
-fn device(pages: PageCount, reads: Arc<Mutex<Reads>>) -> Arc<FakeDevice> {
+fn device(pages: PageCount, reads: Arc<Mutex<Reads>>, linked: bool) -> Arc<FakeDevice> {
     Arc::new_cyclic(|device: &Weak<FakeDevice>| {
         let device = device.clone();
-        FakeDevice::new(pages).on_transfer(move |access, _, _| {
+        FakeDevice::new(pages).with_link(linked).on_transfer(move |access, _, _| {
             if access == FakeAccess::Write {
                 return;
             }

@@ -414,6 +414,19 @@ impl Host for SimHost {
         (filled, range.end_page())
     }
 
+    fn holes(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
+        let state = self.lock();
+        let mut filled = 0;
+        for page in range.iter().filter(|page| state.vacant(*page, false).is_ok()) {
+            if filled == found.len() {
+                return (filled, page);
+            }
+            found[filled] = VaRange::page(page);
+            filled += 1;
+        }
+        (filled, range.end_page())
+    }
+
     unsafe fn release(&self, runs: &[VaRange]) {
         let mut state = self.lock();
         for slot in runs.iter().flat_map(|run| run.iter()) {

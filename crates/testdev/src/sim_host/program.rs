@@ -53,11 +53,6 @@ impl Program {
         Self { mm, scratch: RefCell::new(scratch), _buffer: buffer }
     }
 
-    /// Lends the thread's working memory, for what a thread asks for besides touching.
-    pub fn with_scratch<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
-        work(&mut self.scratch.borrow_mut())
-    }
-
     /// Reads the value of `page`.
     pub fn load(&self, page: Vpn) -> Result<u64, Killed> {
         self.touch(page, || self.mm.host().load(page))
@@ -96,6 +91,11 @@ impl Program {
     /// Brings `range` home ahead of any touch.
     pub fn prefetch(&self, range: VaRange) -> PageCount {
         self.mm.prefetch(range, &mut self.scratch.borrow_mut())
+    }
+
+    /// What a thread that moves pages has in its hands.
+    pub fn with_scratch<T>(&self, f: impl FnOnce(&mut Scratch) -> T) -> T {
+        f(&mut self.scratch.borrow_mut())
     }
 
     /// `madvise(MADV_DONTNEED)`.

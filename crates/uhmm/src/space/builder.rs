@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use uhmm_addr::{ByteSize, PageCount, Pfn};
 use uhmm_core::device::Device;
+use uhmm_core::notifier::Owner;
 use uhmm_core::pagemap::Pagemap;
 
 use super::{Inner, Space};
@@ -48,7 +49,7 @@ pub enum SpaceError {
 pub struct Builder {
     ram: Option<ByteSize>,
     engine: Engine,
-    devices: Vec<Arc<dyn Device>>,
+    devices: Vec<(Arc<dyn Device>, Option<Owner>)>,
     huge: bool,
     forced_fallback: bool,
     window: PageCount,
@@ -73,7 +74,14 @@ impl Builder {
 
     /// Adds a device; the first is number 0.
     pub fn device(mut self, device: Arc<dyn Device>) -> Self {
-        self.devices.push(device);
+        self.devices.push((device, None));
+        self
+    }
+
+    /// Adds a device whose pages are `owner`'s: devices of one owner, as behind one coherent link, have their pages
+    /// in common. Without this, a device has an owner to itself.
+    pub fn device_of(mut self, owner: Owner, device: Arc<dyn Device>) -> Self {
+        self.devices.push((device, Some(owner)));
         self
     }
 
@@ -113,8 +121,9 @@ impl Builder {
         }
         let mut start = Pfn::new(1 << 20);
         let mut pagemaps = Vec::new();
-        for device in self.devices {
+        for (device, owner) in self.devices {
             let map = Pagemap::new(start, device);
+            let map = if let Some(owner) = owner { map.owned_by(owner) } else { map };
             start = Pfn::new(map.range().end().get().next_multiple_of(uhmm_addr::CHUNK_PAGES as u64));
             pagemaps.push(Arc::new(map));
         }

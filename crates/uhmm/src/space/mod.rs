@@ -6,8 +6,9 @@
 //!         owner's and is brought home when the adoption ends.
 //! Locks   none of its own beyond those of [`Managed`]; methods may be called from any thread.
 //! Fails   each operation has its own small error; pages that did not move are counted by reason.
-//! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are; `pins` keeps them there;
-//!         `adoption` is memory that was there before. Here are the operations.
+//! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are, and
+//!         `pins` keeps them there; `adoption` is memory that was there before; `migration` moves the pages of a
+//!         range, `evacuation` those of a device. Here are the other operations.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -28,8 +29,10 @@
 
 mod adoption;
 mod builder;
+mod evacuation;
 mod evictor;
 mod handlers;
+mod migration;
 mod pins;
 mod residency;
 
@@ -38,10 +41,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use uhmm_addr::{Geometry, PageCount, RangeError, VaRange};
-use uhmm_core::migrate::{Migrated, Select};
-use uhmm_core::notifier::{Subscriber, Subscription};
+use uhmm_core::notifier::{Owner, Subscriber, Subscription};
 use uhmm_core::pagemap::Pagemap;
-use uhmm_core::stats::{Counter, Skip, Skipped};
+use uhmm_core::stats::{Counter, Skipped};
 use uhmm_sys::host::LinuxHost;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::signals::Blocked;
@@ -49,6 +51,8 @@ use uhmm_sys::uffd::RegisterError;
 
 pub use adoption::Adoption;
 pub use builder::{Builder, LEAST_BUDGET, SpaceError};
+pub use evacuation::Evacuated;
+pub use migration::Migration;
 pub use pins::Pinned;
 pub use residency::Residency;
 
@@ -84,6 +88,12 @@ pub enum MigrateError {
     /// Not this space's memory.
     #[error("{0} is not managed by this space")]
     Unmanaged(VaRange),
+    /// A device cannot be emptied onto itself.
+    #[error("device number {0} cannot be emptied onto itself")]
+    Itself(usize),
+    /// No memory to work with.
+    #[error("there is no memory for the buffer through which pages go")]
+    NoMemory,
 }
 
 /// An address space's managed part. Cheap to clone; memory mapped from it keeps it alive.
@@ -138,32 +148,6 @@ impl Space {
         Ok(Buffer::new(self.inner.clone(), mapping, len))
     }
 
-    /// Moves the resident pages of `range` to the first device.
-    pub fn migrate(&self, range: VaRange) -> Result<Migrated, MigrateError> {
-        self.migrate_to(range, 0)
-    }
-
-    /// Moves the resident pages of `range` to device number `device`.
-    pub fn migrate_to(&self, range: VaRange, device: usize) -> Result<Migrated, MigrateError> {
-        let map = self.inner.pagemaps.get(device).ok_or(MigrateError::NoDevice(device))?;
-        let managed = &self.inner.managed;
-        // A signal handler that touched a page under our claim would wait for ourselves.
-        let _blocked = Blocked::all();
-        let _lent = managed.lend_thread();
-        let since = match managed.range_from(range.first()) {
-            Some((known, since)) if known.encloses(range) => since,
-            _ => return Err(MigrateError::Unmanaged(range)),
-        };
-        let first = managed.mm().migrate(range, since, map, Select::All);
-        if first.skipped.get(Skip::Busy) == 0 {
-            return Ok(first);
-        }
-        // Shared with a child since a fork, or pinned; pages that are shared can be had for a copy.
-        managed.unshare(range);
-        let second = managed.mm().migrate(range, since, map, Select::All);
-        Ok(Migrated { moved: first.moved.plus(second.moved), skipped: second.skipped })
-    }
-
     /// Tells `subscriber` before pages of `range` change, until the subscription is dropped (the kernel's
     /// `mmu_interval_notifier_insert`): pages that move to or from a device, contents that are given up, mappings
     /// that go, a fork, the end of the space. What the program does past the space is told when its event is read,
@@ -182,7 +166,7 @@ impl Space {
 
     /// Moves up to `pages` cold pages, wherever they are, to the first device. Returns how many went.
     pub fn evict(&self, pages: PageCount) -> Result<PageCount, MigrateError> {
-        let map = self.inner.pagemaps.first().ok_or(MigrateError::NoDevice(0))?;
+        let map = self.pagemap(0)?;
         let mut reclaimer = Reclaimer::new(self.inner.managed.clone(), map.clone());
         let _blocked = Blocked::all();
         let _lent = self.inner.managed.lend_thread();
@@ -211,6 +195,15 @@ impl Space {
     /// Pages that did not move so far, by reason.
     pub fn skipped(&self) -> Skipped {
         self.inner.managed.mm().stats().skipped()
+    }
+
+    /// Whose the pages of device number `device` are.
+    pub fn owner(&self, device: usize) -> Option<Owner> {
+        self.inner.pagemaps.get(device).map(|map| map.owner())
+    }
+
+    fn pagemap(&self, device: usize) -> Result<&Arc<Pagemap>, MigrateError> {
+        self.inner.pagemaps.get(device).ok_or(MigrateError::NoDevice(device))
     }
 
     /// Pages in use on device number `device`.
