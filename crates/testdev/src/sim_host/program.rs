@@ -93,6 +93,11 @@ impl Program {
         self.mm.prefetch(range, &mut self.scratch.borrow_mut())
     }
 
+    /// Lends the thread's working memory.
+    pub fn with_scratch<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
+        work(&mut self.scratch.borrow_mut())
+    }
+
     /// `madvise(MADV_DONTNEED)`.
     pub fn dontneed(&self, range: VaRange) {
         self.mm.host().announce_removal(range);
