@@ -125,7 +125,8 @@ impl<H: Host, T> Mirror<'_, H, T> {
     /// before it is not.
     ///
     /// As with [`Mm::range_fault`] the caller holds no lock. `install` runs under the mirror's lock: it must not touch
-    /// managed memory or call the space.
+    /// managed memory or call the space. Nor may it allocate where the process forks: the thread that does so has the
+    /// allocator's locks until the mirror has been told.
     ///
     /// # Errors
     /// See [`RangeFaultError`]. Batches before the one that failed are installed.

@@ -82,6 +82,12 @@ impl<'a> Request<'a> {
     }
 }
 
+impl From<Want> for Request<'_> {
+    fn from(want: Want) -> Self {
+        Self::all(want)
+    }
+}
+
 /// Why it is tried once more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Retry {

@@ -7,7 +7,8 @@
 //! Locks   none of its own beyond those of [`Managed`]; methods may be called from any thread.
 //! Fails   each operation has its own small error; pages that did not move are counted by reason.
 //! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are;
-//!         `adoption` is memory that was there before. Here are the operations.
+//!         `adoption` is memory that was there before; [`mirror`] is for a device's own page table. Here are the
+//!         operations.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -30,6 +31,7 @@ mod adoption;
 mod builder;
 mod evictor;
 mod handlers;
+pub mod mirror;
 mod residency;
 
 use std::io;
