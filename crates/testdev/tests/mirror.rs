@@ -11,7 +11,7 @@ use uhmm_core::mirror::{
     Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Unusable, Want,
 };
 use uhmm_core::mm::Mm;
-use uhmm_core::notifier::{Change, Event};
+use uhmm_core::notifier::{Change, Event, WouldBlock};
 use uhmm_core::stats::{Counter, Skipped};
 use uhmm_testdev::sim_host::{Bed, Program, Setup, SimHost, deliver, page_at, pages_at};
 
@@ -379,6 +379,20 @@ impl Patience for Storm<'_> {
         self.1 -= 1;
         self.1 > 0
     }
+}
+
+#[test]
+fn a_change_that_may_not_wait_is_refused_while_somebody_looks() {
+    let bed = Bed::new(Setup::default());
+    bed.fill(0, 8);
+    let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
+    populate(&bed, &mirror, pages_at(0, 8), Want::Read).unwrap();
+    let change = Change::new(pages_at(4, 100), Event::Clear).without_blocking();
+    let begin = || bed.mm.notifiers().begin(bed.host(), &change).map(drop);
+    assert_eq!(mirror.look(|_| begin()), Err(WouldBlock));
+    assert_eq!(mirrored(&mirror, 0, 8), [RAM; 8]);
+    assert_eq!(begin(), Ok(()));
+    assert_eq!(mirrored(&mirror, 3, 5), [RAM, ABSENT, ABSENT, ABSENT, ABSENT]);
 }
 
 #[test]

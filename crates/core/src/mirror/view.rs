@@ -26,7 +26,7 @@ pub enum PageView {
     /// In RAM, reached at its own address: its frame's number is not to be had in user space, and is no secret that a
     /// device must know that reaches memory by address.
     Ram {
-        /// A store needs no fault.
+        /// A store needs nothing of the space. A page that is shared since a fork is replaced by the system itself.
         write: bool,
         /// 2 MiB where one huge page maps the whole chunk, and all of the chunk was asked about; otherwise 4 KiB.
         order: Geometry,
