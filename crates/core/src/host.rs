@@ -79,6 +79,29 @@ pub enum Install {
     Tracked,
 }
 
+/// A mapping, or the part of it that was asked about, and what the program may do there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rights {
+    /// The pages.
+    pub range: VaRange,
+    /// May be read.
+    pub read: bool,
+    /// May be written.
+    pub write: bool,
+}
+
+/// Neighbouring pages that are there and alike.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mapped {
+    /// The pages.
+    pub range: VaRange,
+    /// A store finds nothing in its way but, perhaps, the mapping's [`Rights`]: the pages are not
+    /// write-protected, and not the page of zeros that everybody shares.
+    pub write: bool,
+    /// Part of a huge page's mapping.
+    pub huge: bool,
+}
+
 /// What the operating system does for us. `range` is always the program's memory, `slot` the arena's.
 ///
 /// None of these can lose contents by itself, with two exceptions that take their source away and are
@@ -141,6 +164,23 @@ pub trait Host: Park {
     /// The pages of `range` where there is nothing at all, not even the zero page or a page in swap, as
     /// [`Host::present`] gives the present ones. Those of which that cannot be told are left out.
     fn holes(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn);
+
+    /// The mappings of `range`, cut at its ends, in order, into `found`. Returns how many entries were filled and the
+    /// page up to which was looked, as [`Host::present`].
+    fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn);
+
+    /// The pages of `range` that a load finds without a fault, zeros included, in order, into `found`. Returns how
+    /// many entries were filled and the page up to which was looked, as [`Host::present`].
+    fn mapped(&self, range: VaRange, found: &mut [Mapped]) -> (usize, Vpn);
+
+    /// Has pages of `range` there as a load, or a store, to each would (`MADV_POPULATE_READ`, `_WRITE`): from the
+    /// system's own swap, or instead of the page of zeros. To be called with no lock held: where pages are absent
+    /// it waits for fault handlers.
+    fn touch(&self, range: VaRange, write: bool) -> Progress;
+
+    /// Whether a change of mappings is under way whose event is yet to be read: what was seen of any page may be
+    /// over. As long as the layout lock is held, a change that has begun stays under way.
+    fn is_changing(&self) -> bool;
 
     /// Lets the frames of arena slots go back to the system; the slots are empty afterwards. Many runs at a time
     /// cost less than one after the other.

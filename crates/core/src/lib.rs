@@ -9,6 +9,7 @@
 //! | [`fault`]     | a touch of an absent page: decision, fault-around, resolution           |
 //! | [`migrate`]   | out of RAM, in phases                                                   |
 //! | [`notifier`]  | who is told before pages change                                          |
+//! | [`mirror`]    | devices' copies of the page table, and what a range of pages is          |
 //! | [`host`], [`device`] | the two ports                                                    |
 //!
 //! There are no system calls, threads, clocks or environment here, so that loom can explore the crate and
@@ -22,7 +23,7 @@
 //! Mm::layout       readers: pages go out or come in; writer: the program's mappings change
 //!   page word      a claim (Moving): never waited for under the layout lock held for writing
 //!     Arena::gate  the pool of frames
-//!     Notifiers    their tree, while callbacks run; inside it the lock of whoever is called
+//!     Notifiers    their tree, while callbacks run; inside it the lock of whoever is called, a mirror's
 //! Pins             the list of holders; waits for pages in flight, and is taken by nobody who serves faults
 //! ```
 #![no_std]
@@ -35,6 +36,7 @@ pub mod fault;
 pub mod frame;
 pub mod host;
 pub mod migrate;
+pub mod mirror;
 pub mod mm;
 pub mod notifier;
 pub mod pagemap;

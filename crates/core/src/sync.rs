@@ -98,6 +98,18 @@ impl Gate {
         WriteGuard { gate: self, park }
     }
 
+    /// Holds the lock alone, if nobody holds it now.
+    pub fn try_write<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> Option<WriteGuard<'a, P>> {
+        let mut word = self.word.load(Ordering::Relaxed);
+        while word & (WRITER | READERS) == 0 {
+            match self.word.compare_exchange(word, word | WRITER, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Some(WriteGuard { gate: self, park }),
+                Err(now) => word = now,
+            }
+        }
+        None
+    }
+
     /// Waits until the writer that holds the lock now, if any, has let it go.
     pub fn pass<P: Park + ?Sized>(&self, park: &P) {
         self.acquire(park, |word| (word & WRITER == 0).then_some(word));

@@ -9,7 +9,7 @@
 //!          A descriptor that reports events would also report every release of an arena slot, and refuse
 //!          everything until that is read; therefore frames are released by way of a [`Chute`]: moved, for
 //!          a tenth of a microsecond, to addresses of another descriptor, and discarded there.
-//! Owns     the descriptors, and a page map to scan. No page state: it says how far a call got, and never
+//! Owns     the descriptors, a page map to scan and a list of mappings to ask. No page state: it says how far a call got, and never
 //!          tries again.
 //! Locks    none of its own but the chute's. Faulting threads call in here: nothing allocates, logs or
 //!          waits, but [`Park::park`] (at most a millisecond) and [`Host::discard`] (until the program's
@@ -23,12 +23,13 @@ use rustix::io::Errno;
 use rustix::mm::Advice;
 use rustix::thread::futex;
 use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
-use uhmm_core::host::{Host, Install, Progress, Stop};
+use uhmm_core::host::{Host, Install, Mapped, Progress, Rights, Stop};
 use uhmm_core::sync::{AtomicU32, Park};
 
 use crate::futex::Lock;
 use crate::mapping::Mapping;
 use crate::relay::Relay;
+use crate::rights::MappingRights;
 use crate::scan::{Categories, PagemapScan, Query, Region, Scanned};
 use crate::uffd::{Features, Mode, Uffd};
 
@@ -51,6 +52,7 @@ pub struct LinuxHost {
     chute: Option<Chute>,
     forced_fallback: bool,
     scanner: PagemapScan,
+    rights: MappingRights,
     relay: Relay,
 }
 
@@ -126,7 +128,14 @@ impl LinuxHost {
         debug_assert!(chute.is_some() || !program.features().contains(Features::EVENT_REMOVE));
         let scanner =
             if options.forced_pagemap { PagemapScan::open_fallback() } else { PagemapScan::open() }?;
-        Ok(Self { program, chute, forced_fallback: options.forced_fallback, scanner, relay: Relay::new() })
+        Ok(Self {
+            program,
+            chute,
+            forced_fallback: options.forced_fallback,
+            scanner,
+            rights: MappingRights::open()?,
+            relay: Relay::new(),
+        })
     }
 
     /// The descriptor that watches the program's memory and the arena.
@@ -160,11 +169,8 @@ impl LinuxHost {
     /// Gives the process frames of its own for pages of `range` that it shares with a child or a parent after
     /// fork, as a store to each would, so that they can be moved. Pages that are absent come home. To be
     /// called with no lock held: it waits for fault handlers.
-    /// Fails where the mapping cannot be written to.
-    pub fn unshare(&self, range: VaRange) -> io::Result<()> {
-        let start = core::ptr::with_exposed_provenance_mut(range.start().get());
-        // SAFETY: contents do not change; where nothing is mapped, or not writable, the call fails.
-        Ok(unsafe { rustix::mm::madvise(start, range.bytes(), Advice::LinuxPopulateWrite) }?)
+    pub fn unshare(&self, range: VaRange) {
+        let _ = self.touch(range, true);
     }
 }
 
@@ -335,6 +341,52 @@ impl Host for LinuxHost {
         let any = Categories::PRESENT.union(Categories::SWAPPED);
         let nothing = Query { excluded: any, ..Query::default() };
         self.list(range, nothing, found).unwrap_or((0, range.end_page()))
+    }
+
+    /// Where the mappings cannot be asked about, none is known.
+    fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn) {
+        let Ok((count, end)) = self.rights.list(range, found) else { return (0, range.end_page()) };
+        (count, end.max(range.first().forward(PageCount::ONE)))
+    }
+
+    /// Where the page map cannot be read, nothing is known to be there. Without `PAGEMAP_SCAN` the page of zeros looks
+    /// like any other, and nothing is huge.
+    fn mapped(&self, range: VaRange, found: &mut [Mapped]) -> (usize, Vpn) {
+        const THERE: Query = Query {
+            required: Categories::PRESENT,
+            excluded: Categories::NONE,
+            any: Categories::NONE,
+            report: Categories::WRITTEN.union(Categories::ZERO).union(Categories::HUGE),
+        };
+        let mut regions = [Region::UNUSED; 32];
+        let most = found.len().min(regions.len());
+        let Ok(scanned) = self.scanner.scan(range, THERE, &mut regions[..most]) else {
+            return (0, range.end_page());
+        };
+        for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
+            let is = |what| region.categories.contains(what);
+            let write = is(Categories::WRITTEN) && !is(Categories::ZERO);
+            *place = Mapped { range: region.range, write, huge: is(Categories::HUGE) };
+        }
+        (scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE)))
+    }
+
+    fn touch(&self, range: VaRange, write: bool) -> Progress {
+        let start = core::ptr::with_exposed_provenance_mut(range.start().get());
+        let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+        // SAFETY: contents do not change; where nothing is mapped, or not for this access, the call fails.
+        match unsafe { rustix::mm::madvise(start, range.bytes(), advice) } {
+            Ok(()) => Progress::complete(range.pages()),
+            Err(Errno::NOMEM) => Progress::stopped(PageCount::ZERO, Stop::Unmapped),
+            Err(Errno::INVAL) => Progress::stopped(PageCount::ZERO, Stop::Refused),
+            Err(errno) => Progress::stopped(PageCount::ZERO, Stop::Errno(errno.raw_os_error())),
+        }
+    }
+
+    /// Every request of userfaultfd is refused while a change is under way, before the kernel looks at what is asked:
+    /// here, about a page that nobody can map.
+    fn is_changing(&self) -> bool {
+        self.program.zero(VaRange::page(Vpn::new(0)), false).stop == Stop::Pending
     }
 
     unsafe fn release(&self, runs: &[VaRange]) {

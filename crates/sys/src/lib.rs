@@ -1,6 +1,6 @@
 //! The Linux adapter: every contract with the kernel that uhmm relies on, one interface per file.
 //!
-//! What     userfaultfd ([`uffd`], [`host`]), what is present ([`scan`], [`maps`], [`meter`]), memory of our
+//! What     userfaultfd ([`uffd`], [`host`]), what is present and permitted ([`scan`], [`rights`], [`maps`], [`meter`]), memory of our
 //!          own ([`mapping`], [`memfd`]), threads, signals and sockets, and [`probe`], which asks the
 //!          running kernel once what it can do.
 //! Needs    Linux 5.7 for write-protection, 6.7 for `PAGEMAP_SCAN`, 6.8 for `UFFDIO_MOVE`; what is missing
@@ -23,6 +23,7 @@ pub mod meter;
 pub mod placement;
 pub mod probe;
 pub mod relay;
+pub mod rights;
 pub mod scan;
 pub mod signals;
 pub mod socket;

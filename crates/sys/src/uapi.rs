@@ -10,8 +10,8 @@
 use rustix::ioctl::{Opcode, opcode};
 
 pub(crate) use linux_raw_sys::general::{
-    page_region, pm_scan_arg, uffd_msg, uffdio_api, uffdio_continue, uffdio_copy, uffdio_move, uffdio_poison,
-    uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
+    page_region, pm_scan_arg, procmap_query, uffd_msg, uffdio_api, uffdio_continue, uffdio_copy, uffdio_move,
+    uffdio_poison, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
 };
 use linux_raw_sys::{general as raw, ioctl as known};
 
@@ -50,6 +50,14 @@ pub(crate) const UFFDIO_POISON: Opcode =
 pub(crate) const USERFAULTFD_IOC_NEW: Opcode = opcode::none(raw::USERFAULTFD_IOC as u8, 0);
 /// `PAGEMAP_SCAN`, on `/proc/PID/pagemap`.
 pub(crate) const PAGEMAP_SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 16);
+/// `PROCMAP_QUERY`, on `/proc/PID/maps`.
+pub(crate) const PROCMAP_QUERY: Opcode = opcode::read_write::<procmap_query>(b'f', 17);
+/// The mapping may be read.
+pub(crate) const MAPPING_READABLE: u64 = raw::procmap_query_flags::PROCMAP_QUERY_VMA_READABLE as u64;
+/// The mapping may be written.
+pub(crate) const MAPPING_WRITABLE: u64 = raw::procmap_query_flags::PROCMAP_QUERY_VMA_WRITABLE as u64;
+/// The mapping that covers the address, or else the next one.
+pub(crate) const COVERING_OR_NEXT: u64 = raw::procmap_query_flags::PROCMAP_QUERY_COVERING_OR_NEXT_VMA as u64;
 
 /// Do not wake who waits. One value for copy, zeropage, continue, poison and move.
 pub(crate) const MODE_DONTWAKE: u64 = 1;
@@ -70,7 +78,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    page_region = 24, pm_scan_arg = 96, uffd_msg = 32, uffdio_api = 24, uffdio_range = 16,
+    page_region = 24, pm_scan_arg = 96, procmap_query = 104, uffd_msg = 32, uffdio_api = 24, uffdio_range = 16,
     uffdio_register = 32, uffdio_copy = 40, uffdio_zeropage = 32, uffdio_writeprotect = 24,
     uffdio_continue = 32, uffdio_poison = 32, uffdio_move = 40,
 }
@@ -89,6 +97,7 @@ const _: () = {
     assert!(UFFDIO_POISON == 0xc020_aa08);
     assert!(USERFAULTFD_IOC_NEW == 0xaa00);
     assert!(PAGEMAP_SCAN == 0xc060_6610);
+    assert!(PROCMAP_QUERY == 0xc068_6611);
 };
 
 const _: () = {

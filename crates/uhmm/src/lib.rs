@@ -11,8 +11,8 @@ pub mod yardstick;
 
 pub use buffer::Buffer;
 pub use engine::Engine;
-pub use space::Space;
-pub use uhmm_addr::{ByteSize, Geometry, PageCount, VaRange, VirtAddr};
+pub use space::{Space, mirror};
+pub use uhmm_addr::{ByteSize, Geometry, PageCount, VaRange, VirtAddr, Vpn};
 pub use uhmm_core::device::{Device, MemoryType, Transfer, TransferError};
 pub use uhmm_core::migrate::Migrated;
 pub use uhmm_core::notifier::{self, Owner};

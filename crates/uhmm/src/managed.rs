@@ -351,8 +351,7 @@ impl Managed {
             let (count, end) = self.mm.host().present(part, &mut found);
             // Present ones only: the others would come home for this.
             for present in &found[..count] {
-                // What cannot be written to stays as it is, and is counted by whoever wants to move it.
-                let _ = self.mm.host().unshare(*present);
+                self.mm.host().unshare(*present);
             }
             rest = VaRange::of_pages(end, part.end_page().since(end));
         }

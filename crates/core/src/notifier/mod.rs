@@ -126,13 +126,24 @@ pub trait Subscriber: Send + Sync {
 
 /// The right and duty to mark a change, under the subscriber's lock.
 #[must_use = "a change that is not marked goes unnoticed by whoever is collecting"]
-#[derive(Debug)]
 pub struct Mark<'a> {
     sequence: &'a AtomicU64,
     now: u64,
+    park: &'a dyn Park,
 }
 
-impl Mark<'_> {
+impl fmt::Debug for Mark<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mark").field("now", &self.now).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Mark<'a> {
+    /// How the thread that is changing pages sleeps, for a subscriber whose lock is one of this crate's.
+    pub const fn park(&self) -> &'a dyn Park {
+        self.park
+    }
+
     /// Makes every ticket of before stale. To be called with the lock held under which tickets are checked.
     pub fn set(self) {
         self.sequence.store(self.now, Ordering::Release);
@@ -236,7 +247,7 @@ impl Notifiers {
     ///
     /// # Errors
     /// [`WouldBlock`], if the change may not block and a subscriber would have to. Nothing may change then.
-    pub fn begin<'a, P: Park + ?Sized>(
+    pub fn begin<'a, P: Park>(
         &'a self,
         park: &'a P,
         change: &Change,
@@ -250,7 +261,7 @@ impl Notifiers {
         unsafe { &*self.tree.get() }.overlapping(change.range, |_, entry| {
             if outcome.is_ok() {
                 let before = self.state.fetch_or(MET, Ordering::AcqRel);
-                let mark = Mark { sequence: &entry.sequence, now: number(before) };
+                let mark = Mark { sequence: &entry.sequence, now: number(before), park };
                 outcome = entry.subscriber.invalidate(change, mark);
             }
         });
@@ -258,7 +269,7 @@ impl Notifiers {
     }
 
     /// Tells everybody that the address space comes to its end (the kernel's `exit_mmap`).
-    pub fn release<P: Park + ?Sized>(&self, park: &P) {
+    pub fn release<P: Park>(&self, park: &P) {
         let everything = VaRange::of_pages(uhmm_addr::Vpn::new(0), uhmm_addr::PageCount::new(1 << 52));
         let change = everything.map(|range| Change::new(range, Event::Release));
         drop(change.map(|change| self.begin(park, &change)));

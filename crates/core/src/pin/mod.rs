@@ -19,7 +19,7 @@ use core::panic::Location;
 use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
 
 use crate::fault::{Access, Fault, Resolution, Scratch};
-use crate::host::Host;
+use crate::host::{Host, Stop};
 use crate::mm::Mm;
 use crate::pagetable::State;
 use crate::sync::{AtomicU64, Gate, Ordering, Park};
@@ -101,10 +101,8 @@ const LOOKS: usize = 1000;
 
 impl<H: Host> Mm<H> {
     /// Pins `range`: its pages are in RAM when this returns, and stay where they are until the pin is given back.
-    /// Absent pages are filled; for [`PinFor::Write`], pages of which the device has a copy lose it.
-    ///
-    /// Whoever pins memory that is shared since a fork, or that is read as zeros only, has the system make pages of its
-    /// own of it afterwards (`MADV_POPULATE_WRITE`).
+    /// Absent pages are filled; for [`PinFor::Write`], pages of which the device has a copy lose it, and pages that are
+    /// shared since a fork become the process's own. To be called with no lock held.
     #[track_caller]
     pub fn pin(&self, range: VaRange, purpose: PinFor, scratch: &mut Scratch) -> Result<Pin, PinError> {
         let number = self.pins.next.fetch_add(1, Ordering::Relaxed);
@@ -113,7 +111,7 @@ impl<H: Host> Mm<H> {
         let pin = Pin { number, range };
         // From here on nothing leaves; what is leaving is waited for.
         self.set_pinned(range, true);
-        match self.bring_pinned(range, purpose, scratch) {
+        match self.bring_pinned(range, purpose, scratch).and_then(|()| self.own_pinned(range, purpose)) {
             Ok(()) => Ok(pin),
             Err(error) => {
                 self.unpin(pin);
@@ -162,6 +160,19 @@ impl<H: Host> Mm<H> {
             rest = VaRange::of_pages(at, part.end_page().since(at));
         }
         Ok(())
+    }
+
+    /// Pages shared since a fork, and the page of zeros, are replaced by the first store: now, and not under whoever
+    /// transfers to them.
+    fn own_pinned(&self, range: VaRange, purpose: PinFor) -> Result<(), PinError> {
+        let write = purpose == PinFor::Write;
+        match self.host.touch(range, write).stop {
+            Stop::Complete => Ok(()),
+            Stop::Pending => Err(PinError::Pending(range.start())),
+            _ if write => Err(PinError::ReadOnly(range)),
+            // Present, as far as can be known.
+            _ => Ok(()),
+        }
     }
 
     fn bring_pinned_page(

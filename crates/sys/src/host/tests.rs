@@ -162,6 +162,49 @@ fn the_copying_way_round_trips() {
 }
 
 #[test]
+fn a_change_is_under_way_until_its_event_is_read() {
+    let Some(Rig { host, memory, .. }) = rig(HostOptions::default()) else { return };
+    assert!(!host.is_changing());
+    std::thread::scope(|scope| {
+        // SAFETY: the test's own memory, of which nobody needs the contents.
+        let giving_up = scope.spawn(|| unsafe { dont_need(memory.part(0, 2)) });
+        while !host.is_changing() {
+            std::thread::yield_now();
+        }
+        let mut buffer = EventBuffer::new();
+        while !matches!(host.program().read(&mut buffer), ReadOutcome::Events(_)) {}
+        assert!(buffer.by_ref().any(|event| matches!(event, Event::Remove(_))));
+        giving_up.join().unwrap().unwrap();
+    });
+    assert!(!host.is_changing());
+}
+
+#[test]
+fn pages_are_told_apart_by_what_a_store_meets() {
+    let Some(Rig { host, memory, arena }) = rig(HostOptions::default()) else { return };
+    // SAFETY: memory and slots are the test's own.
+    assert!(unsafe { host.isolate(memory.part(1, 2), arena.addr(0)) }.is_complete());
+    assert!(host.install_zero(memory.part(1, 1)).is_complete());
+    assert!(host.write_protect(memory.part(3, 1), true).is_complete());
+    let mapped = |first, write| Mapped { range: memory.part(first, 1), write, huge: false };
+    let mut found = [mapped(0, false); 8];
+    let (count, end) = host.mapped(memory.range(), &mut found);
+    assert_eq!(end, memory.range().end_page());
+    if !host.scanner().is_fallback() {
+        // Neighbours that are alike may or may not be one entry; these are not alike.
+        let joined = Mapped { range: memory.part(0, 1), write: true, huge: false };
+        assert_eq!(found[..count], [joined, mapped(1, false), mapped(3, false)]);
+    }
+    assert!(host.write_protect(memory.part(3, 1), false).is_complete());
+    assert!(host.touch(memory.part(1, 1), true).is_complete());
+    let (count, _) = host.mapped(memory.range(), &mut found);
+    assert!(found[..count].iter().all(|page| page.write), "{:?}", &found[..count]);
+    let mut rights = [Rights { range: memory.range(), read: false, write: false }; 2];
+    assert_eq!(host.mappings(memory.part(1, 2), &mut rights), (1, memory.part(1, 2).end_page()));
+    assert_eq!(rights[0], Rights { range: memory.part(1, 2), read: true, write: true });
+}
+
+#[test]
 fn parked_threads_are_woken_or_wake_by_themselves() {
     let Some(Rig { host, .. }) = rig(HostOptions::default()) else { return };
     let start = Instant::now();

@@ -20,7 +20,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use uhmm_addr::{CHUNK_PAGES, PAGE_SIZE, PageCount, VaRange, VirtAddr, Vpn};
-use uhmm_core::host::{Host, Install, Progress, Stop};
+use uhmm_core::host::{Host, Install, Mapped, Progress, Rights, Stop};
 use uhmm_core::sync::{AtomicU32, Ordering, Park};
 
 pub use bed::{Bed, Setup, page_at, pages_at};
@@ -425,6 +425,39 @@ impl Host for SimHost {
             filled += 1;
         }
         (filled, range.end_page())
+    }
+
+    fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn) {
+        let areas = self.areas_in(range);
+        for (place, area) in found.iter_mut().zip(&areas) {
+            *place = Rights { range: area.range, read: true, write: !area.read_only };
+        }
+        let end = areas.get(found.len()).map_or(range.end_page(), |area| area.range.first());
+        (areas.len().min(found.len()), end)
+    }
+
+    fn mapped(&self, range: VaRange, found: &mut [Mapped]) -> (usize, Vpn) {
+        let state = self.lock();
+        let pages = state.pages.range(range.first()..range.end_page());
+        for (filled, (page, what)) in pages.enumerate() {
+            let Some(place) = found.get_mut(filled) else { return (filled, *page) };
+            let huge = state.huge.contains(&page.chunk());
+            *place = Mapped { range: VaRange::page(*page), write: !what.protected, huge };
+        }
+        let filled = state.pages.range(range.first()..range.end_page()).count();
+        (filled, range.end_page())
+    }
+
+    /// There is neither swap nor a page of zeros that is shared.
+    fn touch(&self, range: VaRange, _write: bool) -> Progress {
+        match self.lock().enter(false) {
+            Ok(()) => Progress::complete(range.pages()),
+            Err(progress) => progress,
+        }
+    }
+
+    fn is_changing(&self) -> bool {
+        !self.lock().events.is_empty()
     }
 
     unsafe fn release(&self, runs: &[VaRange]) {

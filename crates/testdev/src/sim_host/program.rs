@@ -93,9 +93,9 @@ impl Program {
         self.mm.prefetch(range, &mut self.scratch.borrow_mut())
     }
 
-    /// What a thread that moves pages has in its hands.
-    pub fn with_scratch<T>(&self, f: impl FnOnce(&mut Scratch) -> T) -> T {
-        f(&mut self.scratch.borrow_mut())
+    /// Lends the thread's working memory.
+    pub fn with_scratch<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
+        work(&mut self.scratch.borrow_mut())
     }
 
     /// `madvise(MADV_DONTNEED)`.

@@ -83,13 +83,7 @@ impl Space {
             }
         };
         drop(blocked);
-        let pinned = Pinned { space: self.clone(), range, pin: Some(pin) };
-        // Pages shared since a fork, or the page of zeros, are replaced by the first store: now, and not under
-        // whoever transfers to them.
-        if purpose == PinFor::Write && managed.mm().host().unshare(range).is_err() {
-            return Err(PinError::ReadOnly(range));
-        }
-        Ok(pinned)
+        Ok(Pinned { space: self.clone(), range, pin: Some(pin) })
     }
 
     /// Who holds pins now, and where they were taken.

@@ -1,0 +1,136 @@
+//! What the program may do with a range of its memory: `PROCMAP_QUERY`.
+//!
+//! What     [`MappingRights::list`] lists the mappings of a range, and whether they may be read and written.
+//! Why      a page map tells what is there, not what is permitted; and the list of all mappings is long where a few
+//!          are asked about.
+//! Owns     descriptors of `/proc/thread-self/maps`. An answer is old when it arrives.
+//! Fallback where the kernel does not know the request (before 6.11), the list is read.
+//! Locks    one around the reader of the list; nothing is called inside that could take another.
+//! Fails    with the kernel's error.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
+use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+use uhmm_core::host::Rights;
+
+use crate::futex::Lock;
+use crate::maps::MapsReader;
+use crate::uapi;
+
+#[cfg(test)]
+mod tests;
+
+/// Descriptors of this process's mappings.
+#[derive(Debug)]
+pub struct MappingRights {
+    file: OwnedFd,
+    list: Lock<MapsReader>,
+    fallback: AtomicBool,
+}
+
+/// A question about one mapping, and the answer.
+struct Request(uapi::procmap_query);
+
+// SAFETY: the opcode is made from the size of `procmap_query`, and `as_ptr` points to one. It names no buffers, so that
+// the kernel writes to nothing else.
+unsafe impl Ioctl for Request {
+    type Output = uapi::procmap_query;
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        uapi::PROCMAP_QUERY
+    }
+
+    fn as_ptr(&mut self) -> *mut core::ffi::c_void {
+        (&raw mut self.0).cast()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, arg: *mut core::ffi::c_void) -> Result<Self::Output, Errno> {
+        // SAFETY: this is the pointer that `as_ptr` gave, to a structure that `ioctl` still holds.
+        Ok(unsafe { *arg.cast::<uapi::procmap_query>() })
+    }
+}
+
+impl MappingRights {
+    /// Opens the mappings of this process.
+    pub fn open() -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::open("/proc/thread-self/maps", flags, Mode::empty())?;
+        Ok(Self { file, list: Lock::new(MapsReader::open()?), fallback: AtomicBool::new(false) })
+    }
+
+    /// The mappings of `range`, cut at its ends, in order, as many as fit into `found`. Returns how many those are, and
+    /// the page up to which was looked.
+    pub fn list(&self, range: VaRange, found: &mut [Rights]) -> io::Result<(usize, Vpn)> {
+        if !self.fallback.load(Ordering::Relaxed) {
+            match self.ask(range, found) {
+                Err(Errno::NOTTY | Errno::INVAL) => self.fallback.store(true, Ordering::Relaxed),
+                answer => return Ok(answer?),
+            }
+        }
+        self.read(range, found)
+    }
+
+    fn ask(&self, range: VaRange, found: &mut [Rights]) -> Result<(usize, Vpn), Errno> {
+        let mut at = range.first();
+        for (filled, place) in found.iter_mut().enumerate() {
+            let Some(rest) = VaRange::of_pages(at, range.end_page().since(at)) else {
+                return Ok((filled, at));
+            };
+            let question = uapi::procmap_query {
+                size: size_of::<uapi::procmap_query>() as u64,
+                query_flags: uapi::COVERING_OR_NEXT,
+                query_addr: at.base().get() as u64,
+                vma_start: 0,
+                vma_end: 0,
+                vma_flags: 0,
+                vma_page_size: 0,
+                vma_offset: 0,
+                inode: 0,
+                dev_major: 0,
+                dev_minor: 0,
+                vma_name_size: 0,
+                build_id_size: 0,
+                vma_name_addr: 0,
+                build_id_addr: 0,
+            };
+            // SAFETY: `Request` describes this request (see there).
+            let answer = match unsafe { ioctl(&self.file, Request(question)) } {
+                Ok(answer) => answer,
+                Err(Errno::NOENT) => return Ok((filled, range.end_page())),
+                Err(errno) => return Err(errno),
+            };
+            let start = VirtAddr::new(answer.vma_start as usize).page();
+            let pages = VirtAddr::new(answer.vma_end as usize).page().since(start);
+            let mapping = VaRange::of_pages(start, pages).and_then(|mapping| mapping.intersect(rest));
+            let Some(range) = mapping else { return Ok((filled, range.end_page())) };
+            *place = Rights {
+                range,
+                read: answer.vma_flags & uapi::MAPPING_READABLE != 0,
+                write: answer.vma_flags & uapi::MAPPING_WRITABLE != 0,
+            };
+            at = range.end_page();
+        }
+        Ok((found.len(), at))
+    }
+
+    fn read(&self, range: VaRange, found: &mut [Rights]) -> io::Result<(usize, Vpn)> {
+        let (mut filled, mut end) = (0, None);
+        self.list.lock().for_each(|entry| {
+            let Some(common) = entry.range.intersect(range) else { return };
+            match found.get_mut(filled) {
+                Some(place) => {
+                    *place = Rights { range: common, read: entry.read, write: entry.write };
+                    filled += 1;
+                }
+                None => _ = end.get_or_insert(common.first()),
+            }
+        })?;
+        Ok((filled, end.unwrap_or(range.first().forward(range.pages().max(PageCount::ONE)))))
+    }
+}

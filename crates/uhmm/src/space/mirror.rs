@@ -1,0 +1,256 @@
+//! Mirrors of a space: a device's own page table, kept true.
+//!
+//! What    [`Space::mirror`] makes a [`Mirror`] of managed pages: core's, with a deadline and the memory that it works
+//!         with. [`Space::protect`] changes a protection so that mirrors hear of it.
+//! Owns    the table; the space is borrowed, and outlives the mirror.
+//! Locks   `work`, by one thread that populates at a time; no fault handler and no callback takes it. Signals are
+//!         blocked as long as the mirror's own lock may be held: a signal handler that touched a page would wait for
+//!         its own thread.
+//! Fails   with a [`MirrorError`] at the start; later with core's
+//!         [`RangeFaultError`].
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use std::sync::Arc;
+//! use uhmm::mirror::{MirrorTable, PageView, Want};
+//! use uhmm::notifier::Event;
+//! use uhmm::{ByteSize, MemDevice, Space, VaRange, Vpn};
+//!
+//! /// What the device can reach.
+//! #[derive(Default)]
+//! struct DeviceTable(BTreeMap<Vpn, PageView>);
+//!
+//! impl MirrorTable for DeviceTable {
+//!     fn invalidate(&mut self, range: VaRange, _event: Event) {
+//!         range.iter().for_each(|page| _ = self.0.remove(&page));
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # if uhmm::Space::builder().build().is_err() { return Ok(()) } // no userfaultfd for this user
+//! let vram = Arc::new(MemDevice::private(ByteSize::mib(64))?);
+//! let space = Space::builder().device(vram).build()?;
+//! let mut numbers = space.map::<u64>(1 << 16)?;
+//! numbers[12345] = 42;
+//! let mirror = space.mirror(numbers.range(), DeviceTable::default())?;
+//! mirror.populate(numbers.range(), Want::Write, |table, pages| table.0.extend(pages.iter()))?;
+//! let page = numbers.range().first();
+//! assert!(mirror.look(|table| table.0[&page].may_write()));
+//! let done = space.migrate(numbers.range())?;           // the table is told before the pages go
+//! assert!(done.moved.get() > 0);
+//! assert!(mirror.look(|table| table.0.is_empty()));
+//! # Ok(())
+//! # }
+//! ```
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::mm::MprotectFlags;
+use uhmm_addr::{CHUNK_PAGES, VaRange};
+use uhmm_core::fault::Scratch;
+use uhmm_core::mirror::{self as core, Patience};
+use uhmm_core::notifier::{Change, Event};
+use uhmm_core::pagemap::Pagemap;
+use uhmm_sys::clock::now;
+use uhmm_sys::futex::Lock;
+use uhmm_sys::host::LinuxHost;
+use uhmm_sys::mapping::Mapping;
+use uhmm_sys::signals::Blocked;
+
+pub use uhmm_core::mirror::{MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Unusable, Want};
+
+use super::Space;
+use crate::managed::Managed;
+
+/// How long a batch of pages is tried unless said otherwise (the kernel's `HMM_RANGE_DEFAULT_TIMEOUT`).
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_millis(1000);
+
+/// Why there is no mirror.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    /// Not this space's memory.
+    #[error("{0} is not managed by this space")]
+    Unmanaged(VaRange),
+    /// The space has no such device.
+    #[error("the space has no device number {0}")]
+    NoDevice(usize),
+    /// No memory to work with.
+    #[error("no memory for the mirror to work with")]
+    Memory(#[from] io::Error),
+}
+
+/// A device's table that is true about pages of a space, or says nothing about them.
+#[must_use = "a mirror that is dropped is told nothing any more"]
+pub struct Mirror<'s, T> {
+    space: &'s Space,
+    mirror: core::Mirror<'s, LinuxHost, T>,
+    own: Option<Arc<Pagemap>>,
+    timeout: Duration,
+    work: Lock<Work>,
+}
+
+/// What populating takes, made beforehand.
+struct Work {
+    scratch: Scratch,
+    views: Box<[PageView]>,
+    // What the scratch copies through; dropped after it.
+    _buffer: Mapping,
+}
+
+impl<T> fmt::Debug for Mirror<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mirror").field("range", &self.range()).finish_non_exhaustive()
+    }
+}
+
+impl Space {
+    /// A mirror of `range`, with a table that says nothing yet. It is told before pages of `range` change, as with
+    /// [`Space::subscribe`], and with the same limits.
+    ///
+    /// # Errors
+    /// [`MirrorError::Unmanaged`], or no memory.
+    pub fn mirror<T: MirrorTable>(&self, range: VaRange, table: T) -> Result<Mirror<'_, T>, MirrorError> {
+        if !self.manages(range) {
+            return Err(MirrorError::Unmanaged(range));
+        }
+        let (scratch, buffer) = Managed::scratch()?;
+        let views = vec![PageView::Absent; CHUNK_PAGES].into_boxed_slice();
+        Ok(Mirror {
+            space: self,
+            mirror: self.inner.managed.mm().mirror(range, table),
+            own: None,
+            timeout: DEFAULT_TIMEOUT,
+            work: Lock::new(Work { scratch, views, _buffer: buffer }),
+        })
+    }
+
+    fn manages(&self, range: VaRange) -> bool {
+        let known = self.inner.managed.range_from(range.first());
+        known.is_some_and(|(known, _)| known.encloses(range))
+    }
+
+    /// Permits or forbids writing to `range`, as `mprotect`, and tells mirrors and subscribers before. When the program
+    /// calls `mprotect` itself nobody hears of it.
+    ///
+    /// # Errors
+    /// As `mprotect`; `EINVAL` if the range is not managed by this space.
+    pub fn protect(&self, range: VaRange, write: bool) -> io::Result<()> {
+        if !self.manages(range) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let _blocked = Blocked::all();
+        let mm = self.inner.managed.mm();
+        let change = Change::new(range, Event::Protect);
+        let _told = mm.notifiers().begin(mm.host(), &change).map_err(io::Error::other)?;
+        let flags = if write { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::READ };
+        let start = std::ptr::with_exposed_provenance_mut(range.start().get());
+        // SAFETY: managed memory stays mapped and readable; a store that is forbidden ends the program, and does not
+        // change what any reference says.
+        Ok(unsafe { rustix::mm::mprotect(start, range.bytes(), flags) }?)
+    }
+}
+
+impl<T> Mirror<'_, T> {
+    /// Makes it the mirror of device number `device` of the space: pages on that device are reported where they are, and
+    /// not brought home.
+    ///
+    /// # Errors
+    /// [`MirrorError::NoDevice`].
+    pub fn of_device(mut self, device: usize) -> Result<Self, MirrorError> {
+        let map = self.space.inner.pagemaps.get(device).ok_or(MirrorError::NoDevice(device))?;
+        self.own = Some(map.clone());
+        Ok(self)
+    }
+
+    /// Tries each batch of pages for so long; [`DEFAULT_TIMEOUT`] otherwise.
+    pub const fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The pages that it is about.
+    pub const fn range(&self) -> VaRange {
+        self.mirror.range()
+    }
+
+    /// Makes the pages of `range` what `request` asks, and has `install` put them into the table, a chunk at a time at
+    /// most. What is installed is true at that moment, and is invalidated before it is not; see
+    /// [`Mirror::populate`](uhmm_core::mirror::Mirror::populate).
+    ///
+    /// Like a touch of the pages it waits for devices and for room. `install` must not touch managed memory, or call the
+    /// space or the mirror; nor allocate, if the process forks meanwhile.
+    ///
+    /// # Errors
+    /// See [`RangeFaultError`]. Batches before the one that failed are installed.
+    pub fn populate<'r>(
+        &self,
+        range: VaRange,
+        request: impl Into<Request<'r>>,
+        install: impl FnMut(&mut T, Pages<'_>),
+    ) -> Result<(), RangeFaultError> {
+        let own = self.own.as_ref();
+        let request = request.into();
+        let request = own.map_or(request, |own| request.owning(own));
+        let _blocked = Blocked::all();
+        let mut work = self.work.lock();
+        let Work { scratch, views, .. } = &mut *work;
+        let managed = &*self.space.inner.managed;
+        let mut patience = Until { managed, timeout: self.timeout, end: now() };
+        self.mirror.populate(range, &request, views, scratch, &mut patience, install)
+    }
+
+    /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.
+    ///
+    /// # Errors
+    /// [`RangeFaultError::Outside`].
+    ///
+    /// # Panics
+    /// If there are more or fewer views than pages.
+    pub fn snapshot(&self, range: VaRange, views: &mut [PageView]) -> Result<(), RangeFaultError> {
+        let own = self.own.as_ref();
+        let request = own.map_or(Request::SNAPSHOT, |own| Request::SNAPSHOT.owning(own));
+        let _blocked = Blocked::all();
+        self.mirror.snapshot(range, &request, views)
+    }
+
+    /// Looks something up in the table, whose entries are true as long as this lasts. `look` must not touch managed
+    /// memory, or call the space or the mirror.
+    pub fn look<R>(&self, look: impl FnOnce(&T) -> R) -> R {
+        let _blocked = Blocked::all();
+        self.mirror.look(look)
+    }
+
+    /// Ends the mirror; the table is told nothing any more.
+    pub fn into_table(self) -> T {
+        self.mirror.into_table()
+    }
+}
+
+/// Tries until some time has passed.
+struct Until<'a> {
+    managed: &'a Managed,
+    timeout: Duration,
+    end: Duration,
+}
+
+impl Patience for Until<'_> {
+    fn begin(&mut self) {
+        self.end = now() + self.timeout;
+    }
+
+    fn again(&mut self, why: Retry) -> bool {
+        if now() >= self.end {
+            return false;
+        }
+        match why {
+            // Whoever moves the page was waited for already.
+            Retry::Changed | Retry::InFlight => {}
+            Retry::Pending => rustix::thread::sched_yield(),
+            Retry::Starved => self.managed.wait_for_room(Duration::from_millis(1)),
+        }
+        true
+    }
+}
