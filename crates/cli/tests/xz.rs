@@ -19,7 +19,7 @@ fn xz_in_a_half() {
         write!(file, "{}{:x}", WORDS[(number >> 61) as usize], number & 0xffff_ffff).unwrap();
     }
     // Memory for its positions, without many more places to look.
-    file.write_all(&[b' '; 200 << 10]).unwrap();
+    file.write_all(&[b' '; 600 << 10]).unwrap();
     file.into_inner().unwrap();
     Case::new("xz", &xz).args(&["-6", "--threads=1", "--stdout"]).input(input).squeeze(&[2]);
 }
