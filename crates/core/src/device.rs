@@ -229,4 +229,11 @@ pub trait Device: Send + Sync {
     /// Gives the space of these pages back to whoever lent it (hole punching, discard). What they hold
     /// afterwards is zeros. The caller owns the pages: nobody reads or writes them meanwhile.
     fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError>;
+
+    /// Makes these pages read as zeros, whatever becomes of their space: they are about to hold pages that nobody has
+    /// written yet. The caller owns them. A device whose discard may leave old contents in place must do better, or
+    /// fail.
+    fn zero(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
+        self.discard(page, pages)
+    }
 }

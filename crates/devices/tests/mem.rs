@@ -1,7 +1,7 @@
 //! What only memory does: sharing, and giving memory back.
 
 use uhmm_addr::{ByteSize, PageCount};
-use uhmm_core::device::{Device, DevicePage, MemoryType};
+use uhmm_core::device::{Device, DevicePage, MemoryType, PeerTransfer};
 use uhmm_devices::{Backing, DeviceUrl, MemDevice, OpenError, OpenOptions, Opened, open};
 use uhmm_testdev::device_suite::{Ram, read, write};
 
@@ -66,6 +66,29 @@ fn discarded_shared_memory_goes_back_to_the_machine() {
     let before = blocks();
     device.discard(DevicePage(0), PageCount::new(512)).unwrap();
     assert_eq!(before - blocks(), 512 * 8);
+}
+
+#[test]
+fn memory_is_copied_to_other_memory_directly() {
+    let devices = [MemDevice::private(SIZE).unwrap(), MemDevice::shared(SIZE).unwrap()];
+    let [from, to] = &devices;
+    write(from, &stamped(8, 5), &[(0, 8, 3)]);
+    let end = from.capacity().get() as u64;
+    let pages = PageCount::new(8);
+    let mut batch = [
+        PeerTransfer::new(DevicePage(3), DevicePage(40), pages),
+        PeerTransfer::new(DevicePage(3), DevicePage(end - 7), pages),
+        PeerTransfer::new(DevicePage(end - 7), DevicePage(3), pages),
+    ];
+    assert!(to.copy_from(from, &mut batch));
+    assert_eq!(batch.map(|piece| piece.outcome().is_ok()), [true, false, false]);
+    let target = Ram::new(8);
+    read(to, &target, &[(0, 8, 40)]);
+    assert_eq!((0..8).map(|page| target.stamp_of(page)).collect::<Vec<_>>(), vec![Some(5); 8]);
+    // Not onto itself, and not from what is no memory.
+    assert!(!to.copy_from(to, &mut batch));
+    let file = uhmm_devices::FileDevice::temporary(None, Some(SIZE)).unwrap();
+    assert!(!to.copy_from(&file, &mut batch) && !file.copy_from(to, &mut batch));
 }
 
 #[test]

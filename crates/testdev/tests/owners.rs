@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use uhmm_addr::{PageCount, PfnRange, VaRange};
+use uhmm_addr::{CHUNK_PAGES, PageCount, PfnRange, VaRange};
 use uhmm_core::device::{MemoryType, TransferError};
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
@@ -313,6 +313,24 @@ fn pinned_pages_do_not_change_devices() {
     assert_eq!((done.moved.get(), done.skipped.get(Skip::Pinned)), (2, 2));
     bed.check(0, 4);
     bed.check_nothing_leaked();
+}
+
+#[test]
+fn a_huge_page_stays_huge_from_device_to_device() {
+    for linked in [true, false] {
+        let bed = Bed::new(Setup { huge_slots: 1, other: 2 * CHUNK_PAGES, linked, ..Setup::default() });
+        let chunk = pages_at(0, CHUNK_PAGES);
+        bed.host().fill_huge(chunk, |n| 100 + n as u64);
+        assert_eq!(bed.migrate(0, CHUNK_PAGES).moved.get(), CHUNK_PAGES);
+        // A page in the way of the first place.
+        let stray = bed.other_map.allocate(PageCount::ONE).unwrap();
+        assert_eq!(bed.migrate_across(0, CHUNK_PAGES).moved.get(), CHUNK_PAGES);
+        bed.other_map.put(stray.start);
+        let faults = bed.mm.stats().get(Counter::Faults);
+        bed.check(0, CHUNK_PAGES);
+        assert_eq!(bed.mm.stats().get(Counter::Faults) - faults, 1, "it comes home whole");
+        bed.check_nothing_leaked();
+    }
 }
 
 /// A bed with pages of every kind: on the device, in RAM with a copy there, staged with a copy and without one.

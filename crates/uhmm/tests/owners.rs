@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
-use common::{Memory, Setup, WORDS, check, expect_places, file, fill, memory, part, settle, word};
+use common::{Memory, Random, Setup, WORDS, check, expect_places, file, fill, memory, part, settle, word};
 use uhmm::notifier::{Change, Event, Mark, Subscriber, WouldBlock};
 use uhmm::space::MigrateError;
 use uhmm::{ByteSize, Counter, Device, Owner, PageCount, Skip, Space, VaRange};
@@ -28,6 +28,9 @@ scenarios!(
     holes_that_are_written_meanwhile,
     touches_while_pages_change_devices,
 );
+
+// Only this engine is told of what the program gives up.
+with_engine!(Threads, threads_given_up, threads_given_up_fallback: pages_are_given_up_while_all_kinds_move);
 
 const PAGES: usize = 256;
 const ALL: PageCount = PageCount::new(PAGES);
@@ -344,5 +347,52 @@ fn touches_while_pages_change_devices(setup: Setup) {
     check(&buffer, 16);
     assert!(moved[0] > 0 && moved[1] > 0, "{moved:?}");
     drop(buffer);
+    assert_eq!(on_devices(&space), [0, 0]);
+}
+
+/// The program stores and gives up while holes get pages, pages go round, and devices are emptied.
+fn pages_are_given_up_while_all_kinds_move(setup: Setup) {
+    let space = two(setup, memory(ByteSize::mib(4)));
+    let mut memory = Memory::new(64);
+    memory.words_mut(0, 64).fill(0);
+    let adopted = memory.adopt(&space);
+    let range = memory.range();
+    let over = AtomicBool::new(false);
+    let moved = thread::scope(|scope| {
+        let mover = scope.spawn(|| {
+            let mut moved = 0;
+            while !over.load(Ordering::Acquire) {
+                moved += space.migration(range).run().unwrap().moved.get();
+                let first = space.owner(0).unwrap();
+                moved += space.migration(range).private(first).to(1).run().unwrap().moved.get();
+                moved += space.evacuate(1, Some(0)).unwrap().moved.get();
+                moved += space.evacuate(0, None).unwrap().moved.get();
+            }
+            moved
+        });
+        let mut random = Random::new(17);
+        let mut values = [0; 64];
+        for round in 1..4000_u64 {
+            let page = random.below(64);
+            if random.below(3) == 0 {
+                let pages = 1 + random.below(4).min(63 - page);
+                memory.give_up(page, pages);
+                values[page..page + pages].fill(0);
+            } else {
+                memory.words_mut(page, 1)[7] = round;
+                values[page] = round;
+            }
+            let other = random.below(64);
+            assert_eq!(memory.words(other, 1)[7], values[other], "page {other} in round {round}");
+        }
+        over.store(true, Ordering::Release);
+        let moved = mover.join().unwrap();
+        for (page, value) in values.iter().enumerate() {
+            assert_eq!(memory.words(page, 1)[7], *value, "page {page}");
+        }
+        moved
+    });
+    assert!(moved > 0);
+    drop(adopted);
     assert_eq!(on_devices(&space), [0, 0]);
 }

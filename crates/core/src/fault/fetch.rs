@@ -86,7 +86,7 @@ impl<H: Host> Mm<H> {
                 if copying {
                     self.grant(window);
                 }
-                if scratch.ahead {
+                if scratch.sparing {
                     // Nobody asked for it: where it is, a touch may find it yet.
                     self.leave_on_device(page, scratch.pfns[0]);
                     return Step::Done(Resolution::Resolved(PageCount::ZERO));

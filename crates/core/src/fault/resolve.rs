@@ -126,8 +126,7 @@ impl<H: Host> Mm<H> {
         home
     }
 
-    /// Brings pages that nobody waits for home, up to `most` from `page` on. One that cannot be read stays where it
-    /// is.
+    /// Brings pages that nobody waits for home, up to `most` from `page` on.
     fn fetch_ahead(
         &self,
         page: Vpn,
@@ -144,7 +143,7 @@ impl<H: Host> Mm<H> {
     }
 
     /// Brings pages home for good, with no page left on the device: up to `most` from `page` on, whose word is
-    /// `word`. `None` if the word had changed.
+    /// `word`. One that cannot be read stays where it is, and is not poisoned. `None` if the word had changed.
     pub(crate) fn fetch_now(
         &self,
         page: Vpn,
@@ -152,7 +151,10 @@ impl<H: Host> Mm<H> {
         most: PageCount,
         scratch: &mut Scratch,
     ) -> Option<Resolution> {
-        match self.fetch_ahead(page, word, most.at_most(MAX_WINDOW), false, scratch) {
+        scratch.sparing = true;
+        let done = self.fetch_ahead(page, word, most.at_most(MAX_WINDOW), false, scratch);
+        scratch.sparing = false;
+        match done {
             Step::Done(resolution) => Some(resolution),
             Step::Again => None,
         }

@@ -18,6 +18,8 @@ pub struct Scratch {
     pub(crate) transfers: Transfers,
     /// Nobody waits for the pages.
     pub(super) ahead: bool,
+    /// A page that cannot be read is not given up.
+    pub(super) sparing: bool,
 }
 
 // SAFETY: the two buffers belong to this scratch alone, whichever thread has it.
@@ -42,6 +44,7 @@ impl Scratch {
             pfns: [Pfn::new(0); MAX_WINDOW.get()],
             transfers: Transfers { items: [const { Transfer::vacant() }; MAX_WINDOW.get()], len: 0 },
             ahead: false,
+            sparing: false,
         }
     }
 }

@@ -13,7 +13,7 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use uhmm_addr::{PAGE_SIZE, PageCount, Pfn, PfnRange, VaRange, Vpn};
+use uhmm_addr::{CHUNK_PAGES, PAGE_SIZE, PageCount, Pfn, PfnRange, VaRange, Vpn};
 
 use super::{Migrated, Sources};
 use crate::device::{MemoryType, PeerTransfer, Transfer, TransferError};
@@ -106,12 +106,18 @@ impl<H: Host> Mm<H> {
         scratch: &mut Scratch,
         result: &mut Migrated,
     ) {
+        // What is one huge page there is one here as well, if there is room for one.
+        let mut huge = if self.is_whole(held) { to.allocate_huge() } else { None };
         let mut rest = held;
         while let Some((first, pfn)) = rest.first() {
             let source = self.pagemaps.of(*pfn);
             let most = rest.iter().take(MAX_WINDOW.get());
             let alike = most.take_while(|(_, pfn)| source.range().contains(*pfn)).count();
-            let Some(pages) = to.allocate(PageCount::new(alike)) else {
+            let allocated = match &mut huge {
+                Some(pages) => Some(take_first(pages, PageCount::new(alike))),
+                None => to.allocate(PageCount::new(alike)),
+            };
+            let Some(pages) = allocated else {
                 rest[..alike].iter().for_each(|(_, pfn)| source.put(*pfn));
                 result.skipped.add(Skip::Full, alike);
                 rest = &rest[alike..];
@@ -126,6 +132,17 @@ impl<H: Host> Mm<H> {
             self.commit_held(source, to, batch, pages, &outcomes, direct, result);
             drop(told);
         }
+    }
+
+    /// Whether pages that are held are a chunk that lies side by side on its device, where a huge page does.
+    fn is_whole(&self, held: &[Held]) -> bool {
+        let Some((page, pfn)) = held.first().filter(|_| held.len() == CHUNK_PAGES) else { return false };
+        let follows = |(n, at): (usize, &Held)| {
+            *at == (page.forward(PageCount::new(n)), pfn.forward(PageCount::new(n)))
+        };
+        page.in_chunk() == 0
+            && self.pagemaps.of(*pfn).device_page(*pfn).0.is_multiple_of(CHUNK_PAGES as u64)
+            && held.iter().enumerate().all(follows)
     }
 
     #[expect(clippy::too_many_arguments, reason = "the last step of move_held")]
@@ -181,6 +198,13 @@ impl<H: Host> Mm<H> {
             }
         }
     }
+}
+
+/// Takes the first `count` of `pages`.
+fn take_first(pages: &mut PfnRange, count: PageCount) -> PfnRange {
+    let first = PfnRange::new(pages.start, count);
+    *pages = PfnRange::new(first.end(), pages.pages.minus(count));
+    first
 }
 
 /// Copies the pages of `batch` to `pages`. Returns what became of each, and whether the way was direct.

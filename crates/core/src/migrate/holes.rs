@@ -1,6 +1,6 @@
 //! Pages with nothing in them: they get a page on the device without a copy.
 //!
-//! How     device pages are allocated and made to read as zeros ([`Device::discard`](crate::device::Device::discard)),
+//! How     device pages are allocated and made to read as zeros ([`Device::zero`](crate::device::Device::zero)),
 //!         with no lock held. Then the words are claimed, and under the claims it is looked once more whether there
 //!         is nothing: with the words claimed, every touch of the pages waits.
 //! Races   a page that was filled between the two looks stays what it is.
@@ -90,7 +90,7 @@ impl<H: Host> Mm<H> {
             };
             let here = part.take(pages.pages);
             rest = part.skip(pages.pages);
-            match to.device().discard(to.device_page(pages.start), pages.pages) {
+            match to.device().zero(to.device_page(pages.start), pages.pages) {
                 Ok(()) => self.commit_holes(here, pages, since, to, by, result, left),
                 Err(error) => {
                     to.put_range(pages);

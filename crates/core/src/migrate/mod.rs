@@ -1,4 +1,4 @@
-//! Migration out of RAM, in phases that consume each other (rule R1).
+//! Migration: out of RAM in phases that consume each other (rule R1), and between devices.
 //!
 //! ```text
 //!   range ──collect──► Collected ──isolate──► Isolated ──copy──► Copied ──commit──► counted
@@ -17,8 +17,11 @@
 //!         something else there. It is taken only for pages that cannot be moved.
 //! Staging [`Isolated::stage`] ends half way on purpose: the page stays in its slot, a touch takes it back
 //!         for the price of a move, and [`Mm::write_back`] sends it on later.
+//! Others  [`Mm::migrate_from`] selects by owner, as the kernel does ([`Sources`]): `holes` get pages without a
+//!         copy, pages on one device go to another in `between`; `evict` empties a device. What the kernel does
+//!         beside each, and the tests, are in `docs/migration.md`.
 //! Locks   the layout lock for reading from collect to the end of isolate, and in commit; none during copy.
-//! Fails   page by page, with a reason ([`Skip`](crate::stats::Skip)); partial success is normal.
+//! Fails   page by page, with a reason ([`Skip`]); partial success is normal.
 //!
 //! A phase is used once, and there is no way past one:
 //!

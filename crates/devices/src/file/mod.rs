@@ -169,6 +169,12 @@ impl Device for FileDevice {
             done => done.map_err(failure),
         }
     }
+
+    /// Where the file keeps its space, what is in it stays as well: such a device takes pages with contents only.
+    fn zero(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
+        self.discard(page, pages)?;
+        if self.keeps_space.load(Ordering::Relaxed) { Err(TransferError::Declined) } else { Ok(()) }
+    }
 }
 
 /// Which way the bytes go.
@@ -216,5 +222,30 @@ fn fail_piece(transfer: &mut Transfer, offset: usize, error: TransferError) {
     match (transfer.outcome(), error) {
         (Err(TransferError::Short(earlier)), TransferError::Short(bytes)) if earlier <= bytes => {}
         _ => transfer.fail(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uhmm_addr::ByteSize;
+    use uhmm_testdev::device_suite::{Ram, read, write};
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_keeps_its_space_takes_no_page_that_must_be_zero() {
+        let device = FileDevice::temporary(None, Some(ByteSize::mib(1))).unwrap();
+        let mut ram = Ram::new(2);
+        ram.stamp(0, 5);
+        write(&device, &ram, &[(0, 1, 3)]);
+        device.keeps_space.store(true, Ordering::Relaxed);
+        assert_eq!(device.discard(DevicePage(3), PageCount::ONE), Ok(()));
+        assert_eq!(device.zero(DevicePage(3), PageCount::ONE), Err(TransferError::Declined));
+        device.keeps_space.store(false, Ordering::Relaxed);
+        read(&device, &ram, &[(1, 1, 3)]);
+        assert_eq!(ram.stamp_of(1), Some(5));
+        device.zero(DevicePage(3), PageCount::ONE).unwrap();
+        read(&device, &ram, &[(1, 1, 3)]);
+        assert_eq!(ram.stamp_of(1), Some(0));
     }
 }
