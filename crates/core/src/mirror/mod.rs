@@ -176,7 +176,6 @@ impl<H: Host, T> Mirror<'_, H, T> {
             }
             let collection = self.watched.collect();
             let gone = *collection.gone();
-            self.mm.permit(batch, &gone, request)?;
             self.mm.fault_chunk(batch, &gone, request, views, scratch, patience)?;
             if let Some(mut table) = collection.lock() {
                 install(&mut table, Pages::new(batch, views));
@@ -185,6 +184,7 @@ impl<H: Host, T> Mirror<'_, H, T> {
             if !patience.again(Retry::Changed) {
                 return Err(RangeFaultError::TimedOut(Retry::Changed));
             }
+            self.mm.permit(batch, &self.watched.gone(), request)?;
         }
     }
 

@@ -4,7 +4,7 @@
 //!         again, until all are as asked.
 //! How     a page's word says whether it is away, the host's page map whether it is there and how, the mapping
 //!         whether it may be written. A page counts as there only where all three say so.
-//! Locks   the layout lock for reading, around the look at a part of one chunk; none while pages are brought. What
+//! Locks   the layout lock for reading, around the look at a few chunks; none while pages are brought. What
 //!         allocates (the list of mappings may) is asked before.
 //! Races   a look is old when it ends. It is *consistent*: no change of the program's own had begun, unread, when it
 //!         ended ([`Host::is_changing`]); a page that moves says so in its word. Whoever keeps what he saw has a
@@ -20,10 +20,13 @@ use super::view::{PageView, Unusable};
 use crate::fault::{Access, Fault, Resolution, Scratch};
 use crate::host::{Host, Mapped, Rights};
 use crate::mm::Mm;
-use crate::pagetable::State;
+use crate::pagetable::{PageWord, State};
 
 /// Mappings, or stretches of pages, that are asked for at a time.
 const FOUND: usize = 16;
+/// Pages that a snapshot looks at under one hold of the lock: long enough that the calls to the host do not count, short
+/// enough that nobody who reads events waits for it.
+const SPAN: usize = 16 * CHUNK_PAGES;
 
 const NO_RIGHTS: Rights = Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false };
 const NOT_MAPPED: Mapped = Mapped { range: VaRange::page(Vpn::new(0)), write: false, huge: false };
@@ -66,12 +69,15 @@ impl<H: Host> Mm<H> {
         views: &mut [PageView],
     ) -> Result<(), RangeFaultError> {
         self.check_size(range, views)?;
-        for part in range.chunks() {
+        let mut rest = Some(range);
+        while let Some(left) = rest {
+            let part = left.take(PageCount::new(SPAN - left.first().in_chunk()));
             let views = part_of(views, range.first(), part);
             if !self.look(part, gone, request, views) {
                 // What was seen may be over: a snapshot does not wait for the event.
                 views.iter_mut().filter(|view| view.is_valid()).for_each(|view| *view = PageView::Absent);
             }
+            rest = left.skip(part.pages());
         }
         Ok(())
     }
@@ -188,7 +194,7 @@ impl<H: Host> Mm<H> {
 
     // --- looking -------------------------------------------------------------------------------------------
 
-    /// What the pages of `part`, of one chunk, are. `false` if it may be over: a change is under way.
+    /// What the pages of `part` are. `false` if it may be over: a change is under way.
     fn look(&self, part: VaRange, gone: &Gone, request: &Request<'_>, views: &mut [PageView]) -> bool {
         views.fill(PageView::Error(Unusable::Unmapped));
         let mut settled = true;
@@ -204,7 +210,9 @@ impl<H: Host> Mm<H> {
         for range in gone.iter().filter_map(|gone| gone.intersect(part)) {
             part_of(views, part.first(), range).fill(PageView::Error(Unusable::Unmapped));
         }
-        keep_huge_whole(views);
+        for chunk in part.chunks() {
+            keep_huge_whole(part_of(views, part.first(), chunk));
+        }
         settled
     }
 
@@ -225,8 +233,10 @@ impl<H: Host> Mm<H> {
         }
         // Words after the page map: a page that leaves in between says so.
         for part in self.table.used(rights.range) {
-            for (page, view) in part.iter().zip(part_of(views, rights.range.first(), part)) {
-                let word = self.table.entry(page).load();
+            for (word, view) in self.table.words(part).zip(part_of(views, rights.range.first(), part)) {
+                if word == PageWord::EMPTY {
+                    continue;
+                }
                 *view = match word.state() {
                     // Given up, and there: the kernel is yet to take it away.
                     State::Empty | State::Resident if word.is_discarded() => PageView::Absent,

@@ -113,6 +113,21 @@ impl PageTable {
         Some(Entry::new(word))
     }
 
+    /// The words of the pages of `range`, in order, as they are when the iterator comes to them. For parts that are in
+    /// use ([`PageTable::used`]): looking backs their memory, and nothing notes that it is.
+    ///
+    /// # Panics
+    /// If the table does not cover the range.
+    pub fn words(&self, range: VaRange) -> impl Iterator<Item = PageWord> {
+        assert!(self.covers(range), "the pages lie outside of the page table");
+        let first = range.first().since(self.first).get();
+        // SAFETY: the words of the range are inside the array, as was just looked at, which lives as long as `self` by
+        // the constructors' contracts.
+        let words =
+            unsafe { core::slice::from_raw_parts(self.words.as_ptr().add(first), range.pages().get()) };
+        words.iter().map(|word| PageWord::from_raw(word.load(Ordering::Acquire)))
+    }
+
     fn used_bit(&self, chunk: usize) -> (&AtomicU64, u64) {
         // SAFETY: callers pass chunks of the table, for each of which the array has a bit.
         let word = unsafe { self.used.add(chunk / 64).as_ref() };

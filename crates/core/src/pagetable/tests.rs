@@ -166,3 +166,14 @@ fn a_table_over_foreign_memory() {
     drop(table);
     assert_eq!((words[CHUNK_PAGES], bits[0]), (PageWord::RESIDENT.raw(), 2));
 }
+
+#[test]
+fn words_of_a_range_are_those_of_its_pages() {
+    let table = table(2);
+    table.entry(Vpn::new(FIRST + 88)).store(PageWord::RESIDENT);
+    table.entry(Vpn::new(FIRST + 90)).store(PageWord::POISONED);
+    let range = pages(FIRST + 87, 5);
+    let expected: Vec<PageWord> = range.iter().map(|page| table.entry(page).load()).collect();
+    assert_eq!(table.words(range).collect::<Vec<_>>(), expected);
+    assert_eq!(expected[1..4], [PageWord::RESIDENT, PageWord::EMPTY, PageWord::POISONED]);
+}
