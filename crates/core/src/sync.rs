@@ -56,7 +56,8 @@ pub(crate) fn relax() {
 const WRITER: u32 = 1 << 31;
 const WAITING: u32 = 1 << 30;
 const READERS: u32 = WAITING - 1;
-const SPINS: u32 = if cfg!(loom) { 1 } else { 64 };
+/// Looks before sleeping: as long as it takes to be woken, which is longer than the lock is held, as a rule.
+const SPINS: u32 = if cfg!(loom) { 1 } else { 512 };
 
 /// A lock held by many readers or by one writer; a waiting writer goes before new readers.
 ///
@@ -88,13 +89,13 @@ impl Gate {
 
     /// Waits until no writer holds or wants the lock, and joins the readers.
     pub fn read<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> ReadGuard<'a, P> {
-        self.acquire(park, |word| (word & (WRITER | WAITING) == 0).then(|| word + 1));
+        self.acquire(park, false, |word| (word & (WRITER | WAITING) == 0).then(|| word + 1));
         ReadGuard { gate: self, park }
     }
 
     /// Waits until nobody holds the lock, and holds it alone.
     pub fn write<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> WriteGuard<'a, P> {
-        self.acquire(park, |word| (word & (WRITER | READERS) == 0).then_some(word | WRITER));
+        self.acquire(park, true, |word| (word & (WRITER | READERS) == 0).then_some(word | WRITER));
         WriteGuard { gate: self, park }
     }
 
@@ -112,7 +113,7 @@ impl Gate {
 
     /// Waits until the writer that holds the lock now, if any, has let it go.
     pub fn pass<P: Park + ?Sized>(&self, park: &P) {
-        self.acquire(park, |word| (word & WRITER == 0).then_some(word));
+        self.acquire(park, false, |word| (word & WRITER == 0).then_some(word));
     }
 
     /// Ends a hold for writing whose guard was forgotten.
@@ -120,7 +121,9 @@ impl Gate {
         self.release(park, WRITER);
     }
 
-    fn acquire<P: Park + ?Sized>(&self, park: &P, step: impl Fn(u32) -> Option<u32>) {
+    /// `first`: whoever comes later is kept out from the beginning, not only once the caller sleeps. A reader that comes
+    /// back again and again would be faster each time than a sleeper is woken.
+    fn acquire<P: Park + ?Sized>(&self, park: &P, first: bool, step: impl Fn(u32) -> Option<u32>) {
         let mut spins = 0;
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
@@ -129,7 +132,7 @@ impl Gate {
                     Ok(_) => return,
                     Err(seen) => word = seen,
                 }
-            } else if spins < SPINS {
+            } else if spins < SPINS && (word & WAITING != 0 || !first) {
                 spins += 1;
                 relax();
                 word = self.word.load(Ordering::Relaxed);
