@@ -121,8 +121,8 @@ impl Gate {
         self.release(park, WRITER);
     }
 
-    /// `first`: whoever comes later is kept out from the beginning, not only once the caller sleeps. A reader that comes
-    /// back again and again would be faster each time than a sleeper is woken.
+    /// `first`: whoever comes later is kept out from the beginning, not only once the caller sleeps. A reader that
+    /// comes back again and again would be faster each time than a sleeper is woken.
     fn acquire<P: Park + ?Sized>(&self, park: &P, first: bool, step: impl Fn(u32) -> Option<u32>) {
         let mut spins = 0;
         let mut word = self.word.load(Ordering::Relaxed);

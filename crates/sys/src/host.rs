@@ -9,8 +9,8 @@
 //!          A descriptor that reports events would also report every release of an arena slot, and refuse
 //!          everything until that is read; therefore frames are released by way of a [`Chute`]: moved, for
 //!          a tenth of a microsecond, to addresses of another descriptor, and discarded there.
-//! Owns     the descriptors, a page map to scan and a list of mappings to ask. No page state: it says how far a call got, and never
-//!          tries again.
+//! Owns     the descriptors, a page map to scan and a list of mappings to ask. No page state: it says how far a
+//!          call got, and never tries again.
 //! Locks    none of its own but the chute's. Faulting threads call in here: nothing allocates, logs or
 //!          waits, but [`Park::park`] (at most a millisecond) and [`Host::discard`] (until the program's
 //!          events are read).

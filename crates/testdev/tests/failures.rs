@@ -360,11 +360,15 @@ proptest! {
         device in 8..128usize,
         steps in prop::collection::vec(any_step(), 1..60),
     ) {
-        let mut script = Script::new(Setup { window: (window.min(4), window), slots, device, linked, ..setup(can_move) });
+        let window = (window.min(4), window);
+        let mut script = Script::new(Setup { window, slots, device, linked, ..setup(can_move) });
         if device % 3 == 0 {
             script.bed.device.full_after(PageCount::new(device / 2));
         }
-        let device_fails = steps.iter().any(|step| matches!(step, (_, Some((_, Failure::Device(_) | Failure::Other(_))))));
+        let fails = |step: &(_, Option<(_, Failure)>)| {
+            matches!(step, (_, Some((_, Failure::Device(_) | Failure::Other(_)))))
+        };
+        let device_fails = steps.iter().any(fails);
         for (op, failure) in steps {
             if let Some((n, failure)) = failure {
                 script.fail(n, failure);

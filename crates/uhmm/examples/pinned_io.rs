@@ -1,7 +1,7 @@
 //! Input by io_uring into a registered buffer that lies in managed memory.
 //!
-//! Whoever registers a buffer hands its pages to the kernel: they must stay where they are. `Space::pin` brings them home
-//! and keeps them there, while everything else of the space may move to the device.
+//! Whoever registers a buffer hands its pages to the kernel: they must stay where they are. `Space::pin` brings them
+//! home and keeps them there, while everything else of the space may move to the device.
 //!
 //! ```text
 //! cargo run --release --example pinned_io -- FILE

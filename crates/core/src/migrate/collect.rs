@@ -57,7 +57,8 @@ pub struct Collected<'m, H: Host> {
 impl<H: Host> Mm<H> {
     /// Claims the first pages of `range` that may leave, as many as lie side by side, up to a batch.
     /// `since` is a moment before which `range` is known to have been registered ([`Mm::epoch`]); pages whose
-    /// mapping changed after it are passed over. Returns them, and how many pages of `range` were looked at: the caller goes on behind those.
+    /// mapping changed after it are passed over. Returns them, and how many pages of `range` were looked at: the
+    /// caller goes on behind those.
     pub fn collect(
         &self,
         range: VaRange,

@@ -2,7 +2,8 @@
 //! `migrate_device_range`): for a device that is given up, or memory of it that is needed otherwise.
 //!
 //! What    [`Mm::evict_pfns`] walks words, since a device page does not know who uses it, and sends each page whose
-//!         device page lies in the range home or to another device. Pages in RAM whose copy lies there are parted from it.
+//!         device page lies in the range home or to another device. Pages in RAM whose copy lies there are
+//!         parted from it.
 //! Faults  a page that somebody just brings home or takes out is waited for, and looked at again: the handler of a
 //!         fault is never in its own way, as in the kernel, where it says which page it holds (`fault_page`).
 //! Others  other processes that share the device, and pages whose move to the device is not committed yet, are not

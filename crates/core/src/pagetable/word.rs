@@ -244,7 +244,7 @@ impl PageWord {
         Self(self.0 & !AGE | (age as u64) << AGE_SHIFT)
     }
 
-    /// The same, on the device and touched when the clock of evictions says `now`: hot if that is soon, and cold if not.
+    /// The same, on the device and touched when the clock of evictions says `now`: hot if that is soon, cold if not.
     pub const fn refaulted(self, now: u8) -> Self {
         let left = (self.0 >> AGE_SHIFT) as u8;
         if now.wrapping_sub(left) < Self::SOON { self.hotter().hotter() } else { Self(self.0 & !HEAT) }

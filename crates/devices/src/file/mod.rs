@@ -3,8 +3,9 @@
 //! What     [`FileDevice`]: page `n` is the 4096 bytes at offset `n * 4096`.
 //! Why      the memory that everybody has more of: a disk.
 //! How      `opening` gets a descriptor with the right size, `ahead` has space found before it is written,
-//!          `awake` waits for what a fault needs, `ring` carries batches through io_uring, and `positioned` carries them with `preadv`/`pwritev`: what is one request, where that is faster; everything
-//!          where io_uring is refused or all rings are busy; and whatever a ring did not finish.
+//!          `awake` waits for what a fault needs, `ring` carries batches through io_uring, and `positioned`
+//!          carries them with `preadv`/`pwritev`: what is one request, where that is faster; everything where
+//!          io_uring is refused or all rings are busy; and whatever a ring did not finish.
 //! Owns     the descriptor and the rings. An existing file's bytes are what its pages read as until they are
 //!          written; a new file reads as zeros.
 //! Fails    per transfer. A file that became shorter is [`TransferError::Short`], a full file system or

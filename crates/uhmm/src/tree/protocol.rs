@@ -11,7 +11,8 @@
 //! agent            keeper
 //! Hello      -->            cookie 0: a fresh process; else the child of the fork with that cookie
 //!            <--  Welcome   with the files DEVICE, DESCRIPTORS, STATS, TABLE and, for a child, UFFD
-//!       or   <--  Refused   unless its pages are looked after ([`Refusal::is_looked_after`]), the agent ends its process
+//!       or   <--  Refused   the agent ends its process, unless its pages are looked after
+//!                           ([`Refusal::is_looked_after`])
 //! Child      -->            with the files CHILD_UFFD, CHILD_TABLE; from now on the keeper serves the child
 //! Goodbye    -->            why the process is about to die, if it knows
 //! front
