@@ -37,6 +37,8 @@ const SCAN_PAGES: PageCount = PageCount::new(4 * CHUNK_PAGES);
 const REGIONS: usize = 64;
 /// Pages that are staged in one go.
 const STAGE_BATCH: PageCount = PageCount::new(128);
+/// Pages that are released in one go.
+const RELEASE_BATCH: PageCount = PageCount::new(32);
 /// Bytes that a program writes to fresh memory in a microsecond, at the most.
 const FASTEST: u64 = 4096;
 /// From the decision to evict until there is room, with some to spare.
@@ -149,6 +151,7 @@ impl Reclaimer {
                 self.stage_part(part.take(looked_at), since, &mut refused);
             }
             skipped.merge(&refused);
+            give_way();
             at = part.first().forward(looked_at);
             rest = VaRange::of_pages(at, present.end_page().since(at));
         }
@@ -181,9 +184,24 @@ impl Reclaimer {
     /// Lets free frames go back to the system, all but `keep`.
     pub fn release(&self, most: PageCount, keep: PageCount) -> PageCount {
         let mm = self.managed.mm();
-        let free = mm.arena().free_frames(mm.host()).minus(keep);
-        mm.release_frames(free.at_most(most))
+        let wanted = mm.arena().free_frames(mm.host()).minus(keep).at_most(most);
+        let mut released = PageCount::ZERO;
+        while released < wanted {
+            let some = mm.release_frames(wanted.minus(released).at_most(RELEASE_BATCH));
+            if some.is_zero() {
+                break;
+            }
+            released = released.plus(some);
+            give_way();
+        }
+        released
     }
+}
+
+/// Lets a faulter or a handler have the processor, whichever waits for it here: the scheduler would let an eviction go
+/// on for a millisecond or more, in which ten faults could be answered.
+fn give_way() {
+    rustix::thread::sched_yield();
 }
 
 /// Tells how much memory is in use.
