@@ -206,8 +206,6 @@ pub fn announce(agent: &Agent, managed: &Managed, layout: &WriteGuard<'_, LinuxH
         NONE | ADOPTING => new_cookie(),
         cookie => cookie,
     };
-    // For the child's table; a program that forks may have left itself no room.
-    let _more = MoreFiles::allow();
     if let Some(table) = copy_table(agent, managed, layout, child) {
         // Where this fails the child asks for it in vain and ends: nobody reads zeros for its contents.
         let _ = client::announce(&agent.keeper.lock(), cookie, child, table.fd());
@@ -222,10 +220,19 @@ fn copy_table(
     child: &Uffd,
 ) -> Option<Memfd> {
     let mm = managed.mm();
-    let memfd = Memfd::create("uhmm-table", TABLE_BYTES as u64, None).ok()?;
-    // A program that limits its address space leaves no room to map a table: word by word then.
-    let file = Table::adopt(memfd.fd().try_clone_to_owned().ok()?).ok()?;
+    let create = || Memfd::create("uhmm-table", TABLE_BYTES as u64, None);
+    // A program that forks may have left itself no room for another file.
+    let memfd = create().or_else(|_| {
+        let _more = MoreFiles::allow();
+        create()
+    });
+    let memfd = memfd.ok()?;
     let mapping = memfd.map().ok();
+    // A program that limits its address space leaves no room to map a table: word by word then.
+    let file = match mapping {
+        Some(_) => None,
+        None => Some(Table::adopt(memfd.fd().try_clone_to_owned().ok()?).ok()?),
+    };
     let table = mapping.as_ref().map(|mapping| {
         let words = mapping.as_ptr().cast::<u64>();
         // SAFETY: the mapping has room for the bits behind the words, and is used as a table only.
@@ -237,10 +244,10 @@ fn copy_table(
         for chunk in (first..end).step_by(CHUNK_PAGES) {
             for page in (chunk..(chunk + CHUNK_PAGES).min(end)).map(Vpn::new) {
                 let word = mm.word_for_child(layout, page, |page, slot| copy_to(child, page, slot));
-                match &table {
+                match (&table, &file) {
                     _ if word == PageWord::EMPTY => {}
-                    Some(table) => table.entry(page).store(word),
-                    None => file.store(page, word).ok()?,
+                    (Some(table), _) => table.entry(page).store(word),
+                    (None, file) => file.as_ref()?.store(page, word).ok()?,
                 }
             }
         }
