@@ -2,11 +2,13 @@
 //!
 //! What   every module takes its atomics from here, never from `core` or `std`, so that
 //!        `RUSTFLAGS="--cfg loom" cargo test -p uhmm-core --release loom` explores the code that ships.
-//!        [`Gate`] is a lock with readers and a writer, [`Park`] how its waiters sleep.
+//!        [`Gate`] is a lock with readers and a writer, [`Park`] how its waiters sleep; `locked` puts a value
+//!        behind it.
 //! Why    a lock of the standard library may allocate, keeps thread-local state, and cannot be told how to
 //!        sleep inside a program that is not ours.
 //! Fails  nothing here fails; a lock whose holder died stays locked.
 
+pub(crate) mod locked;
 #[cfg(all(test, loom))]
 pub(crate) mod loom;
 

@@ -60,7 +60,6 @@
 //! ```
 
 mod gone;
-mod locked;
 #[cfg(all(test, loom))]
 mod loom;
 mod range_fault;

@@ -18,9 +18,9 @@ use uhmm_addr::VaRange;
 
 use super::MirrorTable;
 use super::gone::Gone;
-use super::locked::{Held, Locked};
 use crate::notifier::{Change, Event, Mark, Notifiers, Subscriber, Subscription, Ticket, WouldBlock};
 use crate::sync::Park;
+use crate::sync::locked::{Held, Locked};
 
 struct Inside<T> {
     table: T,

@@ -12,7 +12,8 @@
 //!         ([`Stop::Pending`](crate::host::Stop::Pending)), and from then on the write lock does.
 //! Fails   nothing here fails.
 //! Rooms   `events` is what follows changes of the program's mappings, `discard` tells ours from them, `epoch` is their
-//!         history; `frames` are the arenas; `age` is how long ago pages left; `allowance`, `tracking` and `waiters` are what faults ask before and after.
+//!         history; `frames` are the arenas; `age` is how long ago pages left; `allowance`, `tracking` and `waiters`
+//!         are what faults ask before and after.
 
 mod age;
 mod allowance;

@@ -8,12 +8,11 @@
 //! How     a flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
 //!         the flag as long as any holder's range has the page.
 //! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
-//! Locks   `gate`, over the list, and over the clearing of flags; inside it nothing but waits for pages in flight. A
+//! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight. A
 //!         flag is set outside of it, after its holder is on the list: who clears sees the holder or comes before it.
 //! Fails   with a [`PinError`]; then nothing is pinned, though some pages may have come home.
 
 use alloc::vec::Vec;
-use core::cell::UnsafeCell;
 use core::panic::Location;
 
 use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
@@ -22,7 +21,8 @@ use crate::fault::{Access, Fault, Resolution, Scratch};
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
 use crate::pagetable::State;
-use crate::sync::{AtomicU64, Gate, Ordering, Park};
+use crate::sync::locked::Locked;
+use crate::sync::{AtomicU64, Ordering};
 
 /// Why a range could not be pinned, and what the caller can do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -76,23 +76,13 @@ pub struct Holder {
 /// The holders of pins of one address space.
 #[derive(Debug)]
 pub(crate) struct Pins {
-    gate: Gate,
-    holders: UnsafeCell<Vec<Holder>>,
+    holders: Locked<Vec<Holder>>,
     next: AtomicU64,
 }
 
-// SAFETY: the list is reached under the gate only, for writing by one thread at a time.
-unsafe impl Sync for Pins {}
-
 impl Pins {
     pub(crate) fn new() -> Self {
-        Self { gate: Gate::new(), holders: UnsafeCell::new(Vec::new()), next: AtomicU64::new(0) }
-    }
-
-    fn with<R, P: Park + ?Sized>(&self, park: &P, change: impl FnOnce(&mut Vec<Holder>) -> R) -> R {
-        let _alone = self.gate.write(park);
-        // SAFETY: the gate is held for writing, and the reference does not outlive that.
-        change(unsafe { &mut *self.holders.get() })
+        Self { holders: Locked::new(Vec::new()), next: AtomicU64::new(0) }
     }
 }
 
@@ -107,7 +97,7 @@ impl<H: Host> Mm<H> {
     pub fn pin(&self, range: VaRange, purpose: PinFor, scratch: &mut Scratch) -> Result<Pin, PinError> {
         let number = self.pins.next.fetch_add(1, Ordering::Relaxed);
         let holder = Holder { number, range, purpose, place: Location::caller() };
-        self.pins.with(&self.host, |holders| holders.push(holder));
+        self.pins.holders.lock(&self.host).push(holder);
         let pin = Pin { number, range };
         // From here on nothing leaves; what is leaving is waited for.
         self.set_pinned(range, true);
@@ -122,24 +112,23 @@ impl<H: Host> Mm<H> {
 
     /// Gives a pin back. Pages that nobody else has pinned may move again.
     pub fn unpin(&self, pin: Pin) {
-        self.pins.with(&self.host, |holders| {
-            holders.retain(|holder| holder.number != pin.number);
-            let others: Vec<VaRange> = holders
-                .iter()
-                .map(|holder| holder.range)
-                .filter(|held| held.intersect(pin.range).is_some())
-                .collect();
-            for page in pin.range.iter() {
-                if !others.iter().any(|held| held.contains(page)) {
-                    self.set_pinned(VaRange::page(page), false);
-                }
+        let mut holders = self.pins.holders.lock(&self.host);
+        holders.retain(|holder| holder.number != pin.number);
+        let others: Vec<VaRange> = holders
+            .iter()
+            .map(|holder| holder.range)
+            .filter(|held| held.intersect(pin.range).is_some())
+            .collect();
+        for page in pin.range.iter() {
+            if !others.iter().any(|held| held.contains(page)) {
+                self.set_pinned(VaRange::page(page), false);
             }
-        });
+        }
     }
 
     /// Who holds pins now.
     pub fn pins(&self) -> Vec<Holder> {
-        self.pins.with(&self.host, |holders| holders.clone())
+        self.pins.holders.lock(&self.host).clone()
     }
 
     /// Brings the pinned pages of `range` home, each in a state in which it can be used for `purpose`.
@@ -150,14 +139,11 @@ impl<H: Host> Mm<H> {
         let mut rest = Some(range);
         while let Some(part) = rest {
             let (count, end) = self.host.present(part, &mut found);
-            let mut at = part.first();
-            let seen = VaRange::of_pages(at, end.since(at)).unwrap_or(part);
-            for page in seen.iter() {
+            for page in part.take(end.since(part.first())).iter() {
                 let present = found[..count].iter().any(|region| region.contains(page));
                 self.bring_pinned_page(page, present, purpose, scratch)?;
             }
-            at = end;
-            rest = VaRange::of_pages(at, part.end_page().since(at));
+            rest = VaRange::of_pages(end, part.end_page().since(end));
         }
         Ok(())
     }
