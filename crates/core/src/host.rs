@@ -32,7 +32,7 @@ pub enum Stop {
     /// The mapping does not allow it (read-only, locked, not anonymous, of another protection). Another
     /// way may work; this one never will.
     Refused,
-    /// No mapping at the next page, or none that is registered.
+    /// No mapping at the next page, or none that is registered, and no event about that waits to be read.
     Unmapped,
     /// No memory for the page.
     NoMemory,

@@ -5,7 +5,10 @@
 //! Why      the kernel reports in two places: an error number, and a field that counts bytes. On an error
 //!          that field holds either the bytes done or the *negated error*; read as a count, that would be
 //!          2^64 bytes done. It is decoded in one place, and a negative count is no page, ever.
-//! Owns     nothing. No method retries.
+//! Owns     nothing. No method tries again, but for one answer that is not to be believed at once: the kernel
+//!          looks for the mapping before it looks whether an event waits, and a request that meets an mremap
+//!          half way is told ENOENT. The next one is told of the event. So [`Stop::Unmapped`] is what the
+//!          kernel says twice, and means that no event about it is unread.
 //! Whose    filling and poisoning do not check *which* descriptor watches the destination: the wrong one
 //!          fills as well, but wakes only who waits at itself. `UFFDIO_MOVE` insists on its own. Callers
 //!          keep them apart.
@@ -66,6 +69,14 @@ fn decode(request: Request, result: Result<(), Errno>, count: i64, wanted: PageC
     Progress::stopped(done, stop)
 }
 
+/// Asks once more if there is no mapping; see the module's header.
+fn settled(mut ask: impl FnMut() -> Progress) -> Progress {
+    match ask() {
+        told if told.stop == Stop::Unmapped => ask(),
+        told => told,
+    }
+}
+
 const fn dont_wake(wake: bool) -> u64 {
     if wake { 0 } else { uapi::MODE_DONTWAKE }
 }
@@ -83,26 +94,30 @@ impl Uffd {
             Install::Writable => 0,
             Install::Tracked => uapi::MODE_COPY_WP,
         };
-        let mut arg = uapi::uffdio_copy {
-            dst: dst.start().get() as u64,
-            src: src.as_ptr().expose_provenance() as u64,
-            len: dst.bytes() as u64,
-            mode: protect | dont_wake(wake),
-            copy: 0,
-        };
-        // SAFETY: the structure is the request's. The kernel reads `src` within the length the caller
-        // vouches for, and writes to pages that no one can have read before, because they were absent.
-        let result = unsafe { self.request::<{ uapi::UFFDIO_COPY }, _>(&mut arg) };
-        decode(Request::Fill, result, arg.copy, dst.pages())
+        settled(|| {
+            let mut arg = uapi::uffdio_copy {
+                dst: dst.start().get() as u64,
+                src: src.as_ptr().expose_provenance() as u64,
+                len: dst.bytes() as u64,
+                mode: protect | dont_wake(wake),
+                copy: 0,
+            };
+            // SAFETY: the structure is the request's. The kernel reads `src` within the length the caller
+            // vouches for, and writes to pages that no one can have read before, because they were absent.
+            let result = unsafe { self.request::<{ uapi::UFFDIO_COPY }, _>(&mut arg) };
+            decode(Request::Fill, result, arg.copy, dst.pages())
+        })
     }
 
     /// Makes the absent pages of `dst` zero.
     pub fn zero(&self, dst: VaRange, wake: bool) -> Progress {
-        let mut arg = uapi::uffdio_zeropage { range: raw_range(dst), mode: dont_wake(wake), zeropage: 0 };
-        // SAFETY: the structure is the request's; only absent pages of a registered range change, and what
-        // they become is what the system itself would have made them.
-        let result = unsafe { self.request::<{ uapi::UFFDIO_ZEROPAGE }, _>(&mut arg) };
-        decode(Request::Fill, result, arg.zeropage, dst.pages())
+        settled(|| {
+            let mut arg = uapi::uffdio_zeropage { range: raw_range(dst), mode: dont_wake(wake), zeropage: 0 };
+            // SAFETY: the structure is the request's; only absent pages of a registered range change, and
+            // what they become is what the system itself would have made them.
+            let result = unsafe { self.request::<{ uapi::UFFDIO_ZEROPAGE }, _>(&mut arg) };
+            decode(Request::Fill, result, arg.zeropage, dst.pages())
+        })
     }
 
     /// Moves `pages` frames from `src` to the absent pages at `dst`, each page atomically. `dst` must be
@@ -128,11 +143,13 @@ impl Uffd {
 
     /// Maps the pages of a shared mapping that are in the page cache, and wakes who waits for them.
     pub fn continue_(&self, range: VaRange) -> Progress {
-        let mut arg = uapi::uffdio_continue { range: raw_range(range), mode: 0, mapped: 0 };
-        // SAFETY: the structure is the request's; only absent pages of a registered range change, and they
-        // get the bytes that their file already has.
-        let result = unsafe { self.request::<{ uapi::UFFDIO_CONTINUE }, _>(&mut arg) };
-        decode(Request::Continue, result, arg.mapped, range.pages())
+        settled(|| {
+            let mut arg = uapi::uffdio_continue { range: raw_range(range), mode: 0, mapped: 0 };
+            // SAFETY: the structure is the request's; only absent pages of a registered range change, and
+            // they get the bytes that their file already has.
+            let result = unsafe { self.request::<{ uapi::UFFDIO_CONTINUE }, _>(&mut arg) };
+            decode(Request::Continue, result, arg.mapped, range.pages())
+        })
     }
 
     /// Write-protects the present pages of `range` (`on`), or lifts that. `wake` counts only for lifting.
@@ -142,18 +159,22 @@ impl Uffd {
             (false, true) => 0,
             (false, false) => uapi::MODE_WRITEPROTECT_DONTWAKE,
         };
-        let mut arg = uapi::uffdio_writeprotect { range: raw_range(range), mode };
-        // SAFETY: the structure is the request's, and no byte of the memory changes.
-        let result = unsafe { self.request::<{ uapi::UFFDIO_WRITEPROTECT }, _>(&mut arg) };
-        decode(Request::Protect, result, 0, range.pages())
+        settled(|| {
+            let mut arg = uapi::uffdio_writeprotect { range: raw_range(range), mode };
+            // SAFETY: the structure is the request's, and no byte of the memory changes.
+            let result = unsafe { self.request::<{ uapi::UFFDIO_WRITEPROTECT }, _>(&mut arg) };
+            decode(Request::Protect, result, 0, range.pages())
+        })
     }
 
     /// Makes any access to the absent pages of `range` raise SIGBUS, and wakes who waits for them.
     pub fn poison(&self, range: VaRange) -> Progress {
-        let mut arg = uapi::uffdio_poison { range: raw_range(range), mode: 0, updated: 0 };
-        // SAFETY: the structure is the request's; only absent pages of a registered range change.
-        let result = unsafe { self.request::<{ uapi::UFFDIO_POISON }, _>(&mut arg) };
-        decode(Request::Fill, result, arg.updated, range.pages())
+        settled(|| {
+            let mut arg = uapi::uffdio_poison { range: raw_range(range), mode: 0, updated: 0 };
+            // SAFETY: the structure is the request's; only absent pages of a registered range change.
+            let result = unsafe { self.request::<{ uapi::UFFDIO_POISON }, _>(&mut arg) };
+            decode(Request::Fill, result, arg.updated, range.pages())
+        })
     }
 
     /// Wakes every thread that waits for a page of `range`. Whoever finds its page still missing faults

@@ -295,6 +295,47 @@ fn unmap_and_remap_are_told() {
     core::mem::forget(memory);
 }
 
+/// The kernel looks for the mapping before it looks whether an event waits, so that a request which meets an mremap
+/// half way finds none; taken at its word, the page would be given up that is elsewhere now.
+#[test]
+fn a_mapping_that_is_on_its_way_is_not_called_unmapped() {
+    let source = Memory::new(1);
+    let mut buffer = EventBuffer::new();
+    for _ in 0..200 {
+        let (memory, target) = (Memory::new(64), Memory::new(64));
+        // Closed before they are unmapped, which nobody would read.
+        let Some(uffd) = open(Features::EVENT_UNMAP.union(Features::EVENT_REMAP)) else { return };
+        memory.fill(0, 64, 1);
+        register(&uffd, memory.range(), Mode::MISSING);
+        let refused = std::thread::scope(|scope| {
+            let mover = scope.spawn(|| {
+                let (bytes, flags) = (64 * PAGE_SIZE, rustix::mm::MremapFlags::MAYMOVE);
+                // SAFETY: both are the test's own mappings, and nothing refers to them.
+                unsafe {
+                    rustix::mm::mremap_fixed(memory.at(0).cast(), bytes, bytes, flags, target.at(0).cast())
+                }
+                .unwrap();
+            });
+            let refused = loop {
+                let progress = copy(&uffd, memory.part(7, 1), &source);
+                if progress.stop != Stop::Present {
+                    break progress;
+                }
+            };
+            // Whatever it was, the other thread must get on.
+            while !mover.is_finished() {
+                if let ReadOutcome::Events(_) = uffd.read(&mut buffer) {
+                    buffer.by_ref().for_each(drop);
+                }
+            }
+            refused
+        });
+        assert_eq!(refused, stopped(0, Stop::Pending));
+        assert_eq!(target.ends(7), (1, 1));
+        core::mem::forget(memory);
+    }
+}
+
 #[test]
 fn a_forked_child_comes_with_a_usable_descriptor() {
     let _alone = FORKING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
