@@ -376,6 +376,21 @@ fn a_fault_that_meets_an_event_waits_for_it_to_be_read() {
     });
 }
 
+/// The evictor would wait for room that only it can make.
+#[test]
+fn a_thread_of_ours_is_filled_past_its_claim_without_an_allowance() {
+    let bed = Bed::new(Setup { can_move: false, ..Setup::default() });
+    bed.mm.set_allowance(PageCount::ZERO);
+    let entry = bed.mm.table().entry(page_at(3));
+    entry.store(PageWord::moving_out(uhmm_core::frame::Slot::new(0)).with_discarded());
+    let fault = |ours| Fault { addr: page_at(3).base(), access: Access::Read, ours };
+    assert_eq!(bed.program.resolve(fault(false)), Resolution::InFlight);
+    assert_eq!(bed.program.resolve(fault(true)), Resolution::Resolved(PageCount::ONE));
+    assert!(bed.host().is_present(page_at(3)));
+    entry.store(PageWord::EMPTY);
+    bed.check_nothing_leaked();
+}
+
 #[test]
 fn a_fault_without_memory_starves_until_it_is_granted() {
     let bed = Bed::new(Setup { can_move: false, ..Setup::default() });

@@ -23,8 +23,9 @@ impl<H: Host> Mm<H> {
         let _layout = self.layout.read(&self.host);
         let write = access == Access::Write;
         if word.state() == State::Moving {
-            // A thread of our own, past its own claim, which stays.
-            let (_, step) = self.fill_claimed(page, PageCount::ONE, true, scratch);
+            // A thread of our own, past its own claim, which stays. With the zero page, which takes nothing of the
+            // allowance: the thread may be the very one that would make room.
+            let (_, step) = self.fill_claimed(page, PageCount::ONE, false, scratch);
             return Step::Done(step);
         }
         let mut was = [PageWord::EMPTY; FILL_WINDOW];
