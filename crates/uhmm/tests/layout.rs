@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use common::{Memory, PAGE, Setup, WORDS, check, eventually, fill, in_process, name_of, part, settle, word};
-use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mremap_fixed};
+use rustix::mm::{MprotectFlags, MremapFlags, mremap_fixed};
 use uhmm::{ByteSize, Counter, PageCount, Skip, Space};
 
 with_engine!(Threads, threads_move, threads_fallback:
@@ -129,18 +129,11 @@ fn contents_given_up_beside_eviction_inside_a_limit(setup: Setup) {
     drop(adopted);
 }
 
-/// Unmaps pages, and keeps other threads from mapping something else there, by mapping nothing over them.
-fn unmap(memory: &Memory, first: usize, pages: usize) {
-    let (nothing, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::FIXED);
-    // SAFETY: pages of the test's own, not touched again.
-    unsafe { mmap_anonymous(memory.page(first).cast(), pages * PAGE, nothing, flags) }.unwrap();
-}
-
 fn part_of_an_adopted_range_is_unmapped(setup: Setup) {
     let space = setup.space(ByteSize::mib(4));
     let (memory, adopted) = adopted(&space, 6);
     assert_eq!(space.migrate(memory.range()).unwrap().moved, PageCount::new(PAGES));
-    unmap(&memory, 16, 16);
+    memory.unmap(16, 16);
     eventually(|| space.device_pages(0) == Some(PageCount::new(PAGES - 16)));
     check(memory.words(0, 16), 6);
     common::check_from(memory.words(32, 32), 6, 32 * WORDS);
@@ -166,7 +159,7 @@ fn unmapping_beside_migration(setup: Setup) {
                 let _ = space.migrate(range).unwrap();
                 let _ = space.prefetch(range).unwrap();
             });
-            unmap(&memory, PAGES / 2, PAGES / 2);
+            memory.unmap(PAGES / 2, PAGES / 2);
             check(memory.words(0, PAGES / 2), round);
         });
         drop(adopted);

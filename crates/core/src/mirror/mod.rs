@@ -64,6 +64,7 @@ mod gone;
 mod loom;
 mod range_fault;
 mod request;
+mod userptr;
 mod view;
 mod watched;
 
@@ -72,6 +73,7 @@ use core::fmt;
 use uhmm_addr::{PageCount, VaRange};
 
 pub use request::{Patience, RangeFaultError, Request, Retry, Want};
+pub use userptr::{Changed, UserPages};
 pub use view::{PageView, Pages, Unusable};
 pub use watched::{Checked, Collection};
 

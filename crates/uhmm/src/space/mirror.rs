@@ -202,6 +202,20 @@ impl<T> Mirror<'_, T> {
         self.mirror.populate(range, &request, views, scratch, &mut patience, install)
     }
 
+    /// Has pages brought and tells what they are, all at one time, without a word to the table.
+    pub(super) fn user_pages<'a>(
+        &'a self,
+        range: VaRange,
+        want: Want,
+        views: &'a mut [PageView],
+    ) -> Result<core::UserPages<'a, T>, RangeFaultError> {
+        let _blocked = Blocked::all();
+        let mut work = self.work.lock();
+        let managed = &*self.space.inner.managed;
+        let mut patience = Until { managed, timeout: self.timeout, end: now() };
+        self.mirror.user_pages(range, &want.into(), views, &mut work.scratch, &mut patience)
+    }
+
     /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.
     ///
     /// # Errors

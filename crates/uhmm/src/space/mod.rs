@@ -8,8 +8,8 @@
 //! Fails   each operation has its own small error; pages that did not move are counted by reason.
 //! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are, and
 //!         `pins` keeps them there; `adoption` is memory that was there before; `migration` moves the pages of a
-//!         range, `evacuation` those of a device; [`mirror`] is for a device's own page table. Here are the other
-//!         operations.
+//!         range, `evacuation` those of a device; [`mirror`] is for a device's own page table, [`userptr`] for a
+//!         device's single jobs. Here are the other operations.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -37,6 +37,7 @@ mod migration;
 pub mod mirror;
 mod pins;
 mod residency;
+pub mod userptr;
 
 use std::io;
 use std::sync::Arc;

@@ -325,6 +325,13 @@ impl Memory {
         unsafe { rustix::mm::madvise(self.page(first).cast(), pages * PAGE, advice) }.unwrap();
     }
 
+    /// Unmaps pages, and keeps other threads from mapping something else there, by mapping nothing over them.
+    pub(crate) fn unmap(&self, first: usize, pages: usize) {
+        let (nothing, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::FIXED);
+        // SAFETY: pages of the test's own, not touched again.
+        unsafe { mmap_anonymous(self.page(first).cast(), pages * PAGE, nothing, flags) }.unwrap();
+    }
+
     /// Leaves the memory mapped, or to somebody else to unmap.
     pub(crate) fn forget(self) {
         std::mem::forget(self);
