@@ -1,6 +1,6 @@
 //! The units of memory management, as types that cannot be mixed.
 //!
-//! What   [`VirtAddr`], [`Vpn`], [`Pfn`], [`PageCount`], [`ByteSize`], [`Geometry`], [`VaRange`].
+//! What   [`VirtAddr`], [`Vpn`], [`Pfn`], [`DmaAddr`], [`PageCount`], [`ByteSize`], [`Geometry`], [`VaRange`].
 //! Why    a page index, a byte offset and an address are all "a number"; adding the wrong two of them
 //!        is the classic bug of every pager. None of these types has an arithmetic operator: the named
 //!        methods say which unit goes in and which comes out.
@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod count;
+mod dma;
 mod geometry;
 mod pfn;
 mod range;
@@ -17,6 +18,7 @@ mod tests;
 mod virt;
 
 pub use count::PageCount;
+pub use dma::DmaAddr;
 pub use geometry::Geometry;
 pub use pfn::{Pfn, PfnRange};
 pub use range::{RangeError, VaRange};

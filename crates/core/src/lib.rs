@@ -10,7 +10,8 @@
 //! | [`migrate`]   | out of RAM, in phases                                                   |
 //! | [`notifier`]  | who is told before pages change                                          |
 //! | [`mirror`]    | devices' copies of the page table, and what a range of pages is          |
-//! | [`host`], [`device`] | the two ports                                                    |
+//! | [`dma`]       | the addresses by which a device reaches mirrored pages                  |
+//! | [`host`], [`device`] | the two ports; a third, small one is [`dma::Iommu`]              |
 //!
 //! There are no system calls, threads, clocks or environment here, so that loom can explore the crate and
 //! the tests can fail it at any step.
@@ -32,6 +33,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod device;
+pub mod dma;
 pub mod fault;
 pub mod frame;
 pub mod host;

@@ -11,7 +11,7 @@ pub mod yardstick;
 
 pub use buffer::Buffer;
 pub use engine::Engine;
-pub use space::{Space, mirror, userptr};
+pub use space::{Space, dma, mirror, userptr};
 pub use uhmm_addr::{ByteSize, Geometry, PageCount, VaRange, VirtAddr, Vpn};
 pub use uhmm_core::device::{Device, MemoryType, Transfer, TransferError};
 pub use uhmm_core::migrate::Migrated;

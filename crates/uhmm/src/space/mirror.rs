@@ -106,6 +106,38 @@ impl<T> fmt::Debug for Mirror<'_, T> {
     }
 }
 
+impl<'s, T> Mirror<'s, T> {
+    pub(super) fn new(space: &'s Space, mirror: core::Mirror<'s, LinuxHost, T>) -> Result<Self, MirrorError> {
+        let (scratch, buffer) = Managed::scratch()?;
+        let views = vec![PageView::Absent; CHUNK_PAGES].into_boxed_slice();
+        let work = Lock::new(Work { scratch, views, _buffer: buffer });
+        Ok(Self { space, mirror, own: None, timeout: DEFAULT_TIMEOUT, work })
+    }
+
+    /// Core's mirror, for whoever has blocked signals.
+    pub(super) const fn core(&self) -> &core::Mirror<'s, LinuxHost, T> {
+        &self.mirror
+    }
+
+    /// Has `use_mirror` do something with core's mirror and all that this takes, in the thread that works with it now.
+    pub(super) fn work<'a, R>(
+        &'a self,
+        use_mirror: impl FnOnce(
+            &'a core::Mirror<'s, LinuxHost, T>,
+            &mut [PageView],
+            &mut Scratch,
+            &mut dyn Patience,
+        ) -> R,
+    ) -> R {
+        let _blocked = Blocked::all();
+        let mut work = self.work.lock();
+        let Work { scratch, views, .. } = &mut *work;
+        let managed = &*self.space.inner.managed;
+        let mut patience = Until { managed, timeout: self.timeout, end: now() };
+        use_mirror(&self.mirror, views, scratch, &mut patience)
+    }
+}
+
 impl Space {
     /// A mirror of `range`, with a table that says nothing yet. It is told before pages of `range` change, as with
     /// [`Space::subscribe`], and with the same limits.
@@ -116,18 +148,10 @@ impl Space {
         if !self.manages(range) {
             return Err(MirrorError::Unmanaged(range));
         }
-        let (scratch, buffer) = Managed::scratch()?;
-        let views = vec![PageView::Absent; CHUNK_PAGES].into_boxed_slice();
-        Ok(Mirror {
-            space: self,
-            mirror: self.inner.managed.mm().mirror(range, table),
-            own: None,
-            timeout: DEFAULT_TIMEOUT,
-            work: Lock::new(Work { scratch, views, _buffer: buffer }),
-        })
+        Mirror::new(self, self.inner.managed.mm().mirror(range, table))
     }
 
-    fn manages(&self, range: VaRange) -> bool {
+    pub(super) fn manages(&self, range: VaRange) -> bool {
         let known = self.inner.managed.range_from(range.first());
         known.is_some_and(|(known, _)| known.encloses(range))
     }
@@ -194,26 +218,9 @@ impl<T> Mirror<'_, T> {
         let own = self.own.as_ref();
         let request = request.into();
         let request = own.map_or(request, |own| request.owning(own));
-        let _blocked = Blocked::all();
-        let mut work = self.work.lock();
-        let Work { scratch, views, .. } = &mut *work;
-        let managed = &*self.space.inner.managed;
-        let mut patience = Until { managed, timeout: self.timeout, end: now() };
-        self.mirror.populate(range, &request, views, scratch, &mut patience, install)
-    }
-
-    /// Has pages brought and tells what they are, all at one time, without a word to the table.
-    pub(super) fn user_pages<'a>(
-        &'a self,
-        range: VaRange,
-        want: Want,
-        views: &'a mut [PageView],
-    ) -> Result<core::UserPages<'a, T>, RangeFaultError> {
-        let _blocked = Blocked::all();
-        let mut work = self.work.lock();
-        let managed = &*self.space.inner.managed;
-        let mut patience = Until { managed, timeout: self.timeout, end: now() };
-        self.mirror.user_pages(range, &want.into(), views, &mut work.scratch, &mut patience)
+        self.work(|mirror, views, scratch, patience| {
+            mirror.populate(range, &request, views, scratch, patience, install)
+        })
     }
 
     /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.

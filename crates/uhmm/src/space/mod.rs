@@ -9,7 +9,7 @@
 //! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are, and
 //!         `pins` keeps them there; `adoption` is memory that was there before; `migration` moves the pages of a
 //!         range, `evacuation` those of a device; [`mirror`] is for a device's own page table, [`userptr`] for a
-//!         device's single jobs. Here are the other operations.
+//!         device's single jobs, [`dma`] for the addresses that it uses. Here are the other operations.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -30,6 +30,7 @@
 
 mod adoption;
 mod builder;
+pub mod dma;
 mod evacuation;
 mod evictor;
 mod handlers;

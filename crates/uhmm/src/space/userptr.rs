@@ -3,7 +3,7 @@
 //! What    [`Space::userptr`] makes a [`Userptr`] of managed memory; [`Userptr::get_pages`] brings its pages and says
 //!         what they are; [`UserPages::done`] says whether that was true all the while, and keeps it true until the
 //!         job is handed on.
-//! Why     a [`Mirror`](super::mirror::Mirror) is for a device that has a table. A job needs pages once.
+//! Why     a [`Mirror`] is for a device that has a table. A job needs pages once.
 //! Owns    what is known of the pages; the space is borrowed.
 //! Locks   as a mirror's: whoever holds a [`Valid`] touches no managed memory and calls nothing of the space.
 //! Fails   where there is no such memory; with a [`RangeFaultError`]; and with [`Changed`], after which pages are asked
@@ -112,7 +112,13 @@ impl Userptr<'_> {
     /// See [`RangeFaultError`]; [`RangeFaultError::TimedOut`] if the pages did not come to rest within a second, as
     /// where there are more of them than may be in RAM.
     pub fn get_pages(&mut self, want: Want) -> Result<UserPages<'_>, RangeFaultError> {
-        self.mirror.user_pages(self.mirror.range(), want, &mut self.views).map(UserPages)
+        let Self { mirror, views } = self;
+        let range = mirror.range();
+        mirror
+            .work(|mirror, _, scratch, patience| {
+                mirror.user_pages(range, &want.into(), views, scratch, patience)
+            })
+            .map(UserPages)
     }
 }
 
