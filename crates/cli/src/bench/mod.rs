@@ -6,6 +6,7 @@
 
 mod fault;
 mod migrate;
+mod mirror;
 mod row;
 mod samples;
 mod touch;
@@ -48,7 +49,7 @@ pub(crate) struct Row {
 }
 
 /// Every row.
-const ROWS: [Row; 7] = [
+const ROWS: [Row; 12] = [
     Row { name: "migrate-out-4k", measure: |name, scale| migrate(name, Way::Out, Geometry::K4, scale) },
     Row { name: "migrate-in-4k", measure: |name, scale| migrate(name, Way::In, Geometry::K4, scale) },
     Row { name: "migrate-out-2m", measure: |name, scale| migrate(name, Way::Out, Geometry::M2, scale) },
@@ -56,6 +57,11 @@ const ROWS: [Row; 7] = [
     Row { name: "fault-signal", measure: fault::signal },
     Row { name: "fault-threads", measure: fault::threads },
     Row { name: "touch-sequential", measure: touch::sequential },
+    Row { name: "range-fault-4k", measure: |name, scale| mirror::snapshot(name, Geometry::K4, scale) },
+    Row { name: "range-fault-2m", measure: |name, scale| mirror::snapshot(name, Geometry::M2, scale) },
+    Row { name: "populate-1g", measure: mirror::populate },
+    Row { name: "pin-4k", measure: mirror::pin },
+    Row { name: "notifier-bracket", measure: mirror::bracket },
 ];
 
 /// Measures the named rows, or all, and prints.
