@@ -42,6 +42,21 @@ fn part_of(views: &mut [PageView], first: Vpn, part: VaRange) -> &mut [PageView]
     &mut views[at..at + part.pages().get()]
 }
 
+/// Says `view` of the pages from `from` to before `to`, if there are any; the views begin at `first`.
+fn fill_between(views: &mut [PageView], first: Vpn, from: Vpn, to: Vpn, view: PageView) {
+    if let Some(gap) = VaRange::of_pages(from, to.since(from)) {
+        part_of(views, first, gap).fill(view);
+    }
+}
+
+/// What a look at the pages of a mapping came to.
+struct Seen {
+    /// No change was under way.
+    settled: bool,
+    /// Some are part of a huge mapping.
+    huge: bool,
+}
+
 impl<H: Host> Mm<H> {
     /// What the pages of `range` are, into `views`, one for each page. Brings nothing, waits for no page, and may call
     /// a page absent that is about to change. `request` says whose private pages are reported; nothing else of it is
@@ -196,39 +211,57 @@ impl<H: Host> Mm<H> {
 
     /// What the pages of `part` are. `false` if it may be over: a change is under way.
     fn look(&self, part: VaRange, gone: &Gone, request: &Request<'_>, views: &mut [PageView]) -> bool {
-        views.fill(PageView::Error(Unusable::Unmapped));
-        let mut settled = true;
+        let (mut settled, mut huge) = (true, false);
         let mut found = [NO_RIGHTS; FOUND];
         let mut rest = Some(part);
         while let Some(range) = rest {
             let (count, end) = self.host.mappings(range, &mut found);
+            let mut gap = range.first();
             for rights in found[..count].iter().filter(|rights| rights.read) {
-                settled &= self.look_at(*rights, request, part_of(views, part.first(), rights.range));
+                fill_between(
+                    views,
+                    part.first(),
+                    gap,
+                    rights.range.first(),
+                    PageView::Error(Unusable::Unmapped),
+                );
+                let seen = self.look_at(*rights, request, part_of(views, part.first(), rights.range));
+                (settled, huge) = (settled & seen.settled, huge | seen.huge);
+                gap = rights.range.end_page();
             }
+            fill_between(views, part.first(), gap, end, PageView::Error(Unusable::Unmapped));
             rest = behind(part, end);
         }
         for range in gone.iter().filter_map(|gone| gone.intersect(part)) {
             part_of(views, part.first(), range).fill(PageView::Error(Unusable::Unmapped));
         }
-        for chunk in part.chunks() {
-            keep_huge_whole(part_of(views, part.first(), chunk));
+        if huge {
+            for chunk in part.chunks() {
+                keep_huge_whole(part_of(views, part.first(), chunk));
+            }
         }
         settled
     }
 
     /// The same for the pages of one mapping.
-    fn look_at(&self, rights: Rights, request: &Request<'_>, views: &mut [PageView]) -> bool {
-        views.fill(PageView::Absent);
+    fn look_at(&self, rights: Rights, request: &Request<'_>, views: &mut [PageView]) -> Seen {
         let _layout = self.layout.read(&self.host);
+        let first = rights.range.first();
+        let mut huge = false;
         let mut found = [NOT_MAPPED; FOUND];
         let mut rest = Some(rights.range);
         while let Some(part) = rest {
             let (count, end) = self.host.mapped(part, &mut found);
+            let mut gap = part.first();
             for mapped in &found[..count] {
+                fill_between(views, first, gap, mapped.range.first(), PageView::Absent);
                 let write = rights.write && mapped.write;
                 let order = if mapped.huge { Geometry::M2 } else { Geometry::K4 };
-                part_of(views, rights.range.first(), mapped.range).fill(PageView::Ram { write, order });
+                part_of(views, first, mapped.range).fill(PageView::Ram { write, order });
+                huge |= mapped.huge;
+                gap = mapped.range.end_page();
             }
+            fill_between(views, first, gap, end, PageView::Absent);
             rest = behind(part, end);
         }
         // Words after the page map: a page that leaves in between says so.
@@ -252,7 +285,7 @@ impl<H: Host> Mm<H> {
                 };
             }
         }
-        !self.host.is_changing()
+        Seen { settled: !self.host.is_changing(), huge }
     }
 
     // --- bringing ------------------------------------------------------------------------------------------
