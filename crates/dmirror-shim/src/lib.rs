@@ -15,9 +15,14 @@
 #![allow(unreachable_pub)]
 
 mod command;
+// A library that replaces functions of the C library cannot be linked into a test harness.
+#[cfg(not(test))]
 mod files;
 mod gup;
+#[cfg(not(test))]
 mod hooks;
+#[cfg(test)]
+mod tests;
 
 /// Apart from the program's heap, parts of which the program may have moved to a device, and given back.
 #[global_allocator]
