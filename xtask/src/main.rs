@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod hmm_tests;
 mod steps;
 
 use std::path::{Path, PathBuf};
@@ -25,20 +26,29 @@ const TASKS: [Task; 9] = [
     ("test", "the tests of the workspace", |_| steps::test()),
     ("loom", "the models of what threads do to each other", |_| steps::loom()),
     ("fuzz-smoke", "every fuzz target for a moment; --seconds N in all, --seed N", steps::fuzz_smoke),
-    ("conformance", "the behaviour suites of hosts and devices, each case by name", |_| steps::conformance()),
+    ("conformance", "the behaviour suites of hosts and devices, and the kernel's hmm-tests", |_| {
+        steps::conformance()
+    }),
     ("bench-smoke", "the figures, quickly; goals are not judged", |_| steps::bench_smoke()),
     ("first-run", "the first command of the README, against the same without uhmm", |_| steps::first_run()),
 ];
+
+/// A step of `conformance`, which is no command of somebody else's.
+const HMM_TESTS: &str = "hmm-tests";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let name = arguments.next().unwrap_or_default();
     let rest: Vec<String> = arguments.collect();
+    if name == HMM_TESTS {
+        return hmm_tests::run(&root());
+    }
     let Some((_, _, steps)) = TASKS.iter().find(|(known, ..)| *known == name) else {
         eprintln!("usage: cargo xtask TASK\n");
         for (name, about, _) in TASKS {
             eprintln!("  {name:<12} {about}");
         }
+        eprintln!("  {HMM_TESTS:<12} the last step of conformance by itself");
         return ExitCode::from(2);
     };
     run(&steps(&rest))

@@ -200,7 +200,7 @@ fn wait(child: &mut Child, minutes: u64) -> io::Result<Option<ExitStatus>> {
 }
 
 /// A directory below the workspace's target directory.
-fn below_target(name: &str) -> PathBuf {
+pub(crate) fn below_target(name: &str) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| crate::root().join("target"), PathBuf::from)
         .join(name)
@@ -265,6 +265,7 @@ pub(crate) fn conformance() -> Vec<Step> {
         Step::cargo("devices", "test -p uhmm-devices --test suite"),
         Step::cargo("sim-host", "test -p uhmm-testdev --tests"),
         Step::cargo("linux-host", "test -p uhmm-sys --lib -- host:: uffd::"),
+        Step::cargo("hmm-tests", "xtask hmm-tests"),
     ]
 }
 

@@ -88,6 +88,8 @@ pub struct Rights {
     pub read: bool,
     /// May be written.
     pub write: bool,
+    /// What is written is everybody's: not a private mapping.
+    pub shared: bool,
 }
 
 /// Neighbouring pages that are there and alike.
@@ -100,6 +102,10 @@ pub struct Mapped {
     pub write: bool,
     /// Part of a huge page's mapping.
     pub huge: bool,
+    /// The page of zeros that everybody shares.
+    pub zero: bool,
+    /// A file's own page, or shared memory's: in a private mapping, the first store replaces it.
+    pub file: bool,
 }
 
 /// What the operating system does for us. `range` is always the program's memory, `slot` the arena's.

@@ -356,7 +356,10 @@ impl Host for LinuxHost {
             required: Categories::PRESENT,
             excluded: Categories::NONE,
             any: Categories::NONE,
-            report: Categories::WRITTEN.union(Categories::ZERO).union(Categories::HUGE),
+            report: Categories::WRITTEN
+                .union(Categories::ZERO)
+                .union(Categories::HUGE)
+                .union(Categories::FILE),
         };
         let mut regions = [Region::UNUSED; 32];
         let most = found.len().min(regions.len());
@@ -366,7 +369,13 @@ impl Host for LinuxHost {
         for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
             let is = |what| region.categories.contains(what);
             let write = is(Categories::WRITTEN) && !is(Categories::ZERO);
-            *place = Mapped { range: region.range, write, huge: is(Categories::HUGE) };
+            *place = Mapped {
+                range: region.range,
+                write,
+                huge: is(Categories::HUGE),
+                zero: is(Categories::ZERO),
+                file: is(Categories::FILE),
+            };
         }
         (scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE)))
     }

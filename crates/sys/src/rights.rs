@@ -19,7 +19,7 @@ use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
 use uhmm_core::host::Rights;
 
 use crate::futex::Lock;
-use crate::maps::MapsReader;
+use crate::maps::{MapEntry, MapsReader};
 use crate::uapi;
 
 #[cfg(test)]
@@ -113,6 +113,7 @@ impl MappingRights {
                 range,
                 read: answer.vma_flags & uapi::MAPPING_READABLE != 0,
                 write: answer.vma_flags & uapi::MAPPING_WRITABLE != 0,
+                shared: answer.vma_flags & uapi::MAPPING_SHARED != 0,
             };
             at = range.end_page();
         }
@@ -125,7 +126,8 @@ impl MappingRights {
             let Some(common) = entry.range.intersect(range) else { return };
             match found.get_mut(filled) {
                 Some(place) => {
-                    *place = Rights { range: common, read: entry.read, write: entry.write };
+                    let MapEntry { read, write, shared, .. } = entry;
+                    *place = Rights { range: common, read, write, shared };
                     filled += 1;
                 }
                 None => _ = end.get_or_insert(common.first()),

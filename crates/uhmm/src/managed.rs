@@ -41,11 +41,35 @@ const PUBLISHED: usize = 128;
 /// The managed ranges.
 #[derive(Debug, Default)]
 struct Ranges {
-    /// By address, disjoint.
-    list: Vec<VaRange>,
-    /// When the list was made, if it comes from a scan. Otherwise it is always true: ranges leave it before
-    /// they are unmapped.
-    since: Option<Epoch>,
+    /// By address, disjoint; each with a moment since when it is registered, where the program may unmap it at any
+    /// time. The others are always registered: they leave the list before they are unmapped.
+    list: Vec<(VaRange, Option<Epoch>)>,
+}
+
+impl Ranges {
+    /// Puts `range` in, in the place of whatever of the list lies in it.
+    fn put(&mut self, range: VaRange, since: Option<Epoch>) {
+        let mut rest = Vec::with_capacity(2);
+        self.list.retain(|(other, known)| {
+            let parts =
+                if other.intersect(range).is_some() { around(*other, range) } else { [Some(*other), None] };
+            let keep = parts[0] == Some(*other);
+            if !keep {
+                rest.extend(parts.into_iter().flatten().map(|part| (part, *known)));
+            }
+            keep
+        });
+        self.list.extend(rest);
+        self.list.push((range, since));
+        self.list.sort_unstable_by_key(|(range, _)| range.first());
+    }
+}
+
+/// What of `whole` lies before `part` and behind it.
+fn around(whole: VaRange, part: VaRange) -> [Option<VaRange>; 2] {
+    let between =
+        |start: Vpn, end: Vpn| if start < end { VaRange::of_pages(start, end.since(start)) } else { None };
+    [between(whole.first(), part.first()), between(part.end_page(), whole.end_page())]
 }
 
 /// How faults reach us.
@@ -274,12 +298,36 @@ impl Managed {
         if !features.contains(Features::EVENT_REMOVE) {
             self.publish(range)?;
         }
-        let list = &mut self.ranges.lock().list;
-        let at = list.partition_point(|other| other.first() < range.first());
-        if list.get(at) != Some(&range) {
-            list.insert(at, range);
-        }
+        self.ranges.lock().put(range, None);
         Ok(())
+    }
+
+    /// The same for memory that the program may unmap at any time. It counts as registered until then: to be called
+    /// again before pages of it are taken out.
+    ///
+    /// # Safety
+    /// As [`Managed::adopt`].
+    pub unsafe fn watch(&self, range: VaRange) -> Result<(), RegisterError> {
+        let known =
+            self.ranges.lock().list.iter().any(|(known, since)| since.is_none() && known.encloses(range));
+        if known {
+            return Ok(());
+        }
+        // What this thread did to its mappings: it went on as soon as the event was read.
+        self.mm.wait_for_events();
+        let since = self.mm.epoch();
+        // SAFETY: the caller's promise.
+        unsafe { self.mm.host().program().register(range, Mode::MISSING_AND_WP) }?;
+        let mut ranges = self.ranges.lock();
+        // What the program has unmapped meanwhile.
+        ranges.list.retain(|(range, since)| since.is_none_or(|since| !self.mm.changed_since(since, *range)));
+        ranges.put(range, Some(since));
+        Ok(())
+    }
+
+    /// Whether events tell what the program does to its mappings.
+    pub fn hears_events(&self) -> bool {
+        self.mm.host().program().features().contains(Features::EVENT_REMOVE)
     }
 
     fn publish(&self, range: VaRange) -> Result<(), RegisterError> {
@@ -306,7 +354,7 @@ impl Managed {
 
     /// Chooses no more pages of `range` for eviction.
     pub fn retire(&self, range: VaRange) {
-        self.ranges.lock().list.retain(|other| other.intersect(range).is_none());
+        self.ranges.lock().list.retain(|(other, _)| other.intersect(range).is_none());
     }
 
     /// Forgets `range`, which is not registered any more.
@@ -326,16 +374,15 @@ impl Managed {
     pub fn set_ranges(&self, found: &[VaRange], since: Epoch) {
         let mut ranges = self.ranges.lock();
         ranges.list.clear();
-        ranges.list.extend_from_slice(found);
-        ranges.since = Some(since);
+        ranges.list.extend(found.iter().map(|range| (*range, Some(since))));
     }
 
     /// The first managed pages at or behind `page`, if any, and since when they are known to be registered.
     pub fn range_from(&self, page: Vpn) -> Option<(VaRange, Epoch)> {
         let ranges = self.ranges.lock();
-        let at = ranges.list.partition_point(|range| range.end_page() <= page);
-        let range = *ranges.list.get(at)?;
-        let since = ranges.since.unwrap_or_else(|| self.mm.epoch());
+        let at = ranges.list.partition_point(|(range, _)| range.end_page() <= page);
+        let (range, since) = *ranges.list.get(at)?;
+        let since = since.unwrap_or_else(|| self.mm.epoch());
         Some((range.skip(page.since(range.first())).unwrap_or(range), since))
     }
 

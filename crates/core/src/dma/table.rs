@@ -89,7 +89,9 @@ impl<I: Iommu> DmaTable<I> {
                 continue;
             }
             let is_free = |n: &usize| !self.entries[*n].has(MAPPED);
-            let in_ram = |n: &usize| matches!(pages.views()[*n - first], PageView::Ram { .. });
+            // Whoever pins the page of zeros for long is given a page in its place, as one that is shared.
+            let in_ram =
+                |n: &usize| matches!(pages.views()[*n - first], PageView::Ram { .. } | PageView::Zeros);
             let count = (at..end).take_while(is_free).take_while(in_ram).count();
             let run = self.run(at, count.max(1));
             if count == 0 {

@@ -49,6 +49,8 @@ pub struct Collected<'m, H: Host> {
     pub(super) layout: Option<ReadGuard<'m, H>>,
     /// Whose doing the migration is.
     pub(super) by: Option<Owner>,
+    /// Whether a page of zeros is copied where it cannot be moved: it is worth no copy to who only makes room.
+    pub(super) zeros: bool,
     /// Room for every run that the next phase may find, made before the layout lock was taken: a thread that
     /// forks holds the allocator's locks until its event is read, which takes the layout lock.
     pub(super) runs: Vec<Run<'m, Framed, H>>,
@@ -107,8 +109,15 @@ impl<H: Host> Mm<H> {
             return (None, passed);
         };
         let (run, _unused) = run.split(claimed);
-        let collected =
-            Collected { mm: self, range: claimed_range, run, layout: Some(layout), by: None, runs };
+        let collected = Collected {
+            mm: self,
+            range: claimed_range,
+            run,
+            layout: Some(layout),
+            by: None,
+            zeros: false,
+            runs,
+        };
         (Some(collected), passed.plus(claimed))
     }
 
@@ -154,6 +163,12 @@ impl<H: Host> Collected<'_, H> {
     /// is told of this migration.
     pub fn by(mut self, owner: Option<Owner>) -> Self {
         self.by = owner;
+        self
+    }
+
+    /// The same, and pages of zeros are copied where they cannot be moved, as `copy` says.
+    pub fn zeros(mut self, copy: bool) -> Self {
+        self.zeros = copy;
         self
     }
 }

@@ -7,7 +7,7 @@
 //! Locks   the layout lock for reading, from the claims to the end of them. Nothing is allocated under it.
 //! Fails   page by page: the device is full, refuses to forget what its pages held, or the page was filled.
 //!
-//! The zero page, which a read brings, is a page here: where the kernel moves it, it goes as one.
+//! The zero page, which a read brings, is a page here: it goes as one, moved or copied.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;

@@ -21,7 +21,7 @@ impl<H: Host> Mm<H> {
         job: &Job<'_>,
         skipped: &mut Skipped,
     ) -> Option<PageCount> {
-        let Job { since, to, select, by } = *job;
+        let Job { since, to, select, by, .. } = *job;
         let huge = self.huge.as_ref()?;
         if chunk.pages().get() < CHUNK_PAGES || !self.host.is_huge(chunk) {
             return None;

@@ -7,7 +7,7 @@ use uhmm_addr::{PageCount, VaRange, Vpn};
 
 use super::collect::Collected;
 use crate::frame::{Empty, Framed, Run, RunState, Slot};
-use crate::host::{Host, Install, Stop};
+use crate::host::{Host, Install, Mapped, Stop};
 use crate::mm::Mm;
 use crate::pagetable::PageWord;
 use crate::stats::{Counter, Skip, Skipped};
@@ -69,7 +69,7 @@ impl<'m, H: Host> Collected<'m, H> {
                 Stop::Refused => {
                     let protected = mm.host.write_protect(range, true);
                     drop(self.layout.take());
-                    mm.copy_out(range, run, protected.done, &mut isolated, skipped);
+                    mm.copy_out(range, run, (protected.done, self.zeros), &mut isolated, skipped);
                     break;
                 }
                 // A call that got part of the way does not say why it stopped; the next one does.
@@ -197,12 +197,12 @@ impl<H: Host> Mm<H> {
     // --- the second way: copy out behind a write protection ------------------------------------------------
 
     /// Copies the claimed, write-protected pages of `range` (the first `protected`) into the slots of `run`
-    /// and discards them. The layout lock is not held: the discard raises an event that somebody must read.
+    /// and discards them; pages that are the page of zeros only if `zeros` says so. The layout lock is not held: the discard raises an event that somebody must read.
     fn copy_out<'m>(
         &'m self,
         range: VaRange,
         run: Run<'m, Empty, H>,
-        protected: PageCount,
+        (protected, zeros): (PageCount, bool),
         isolated: &mut Isolated<'m, H>,
         skipped: &mut Skipped,
     ) {
@@ -214,7 +214,8 @@ impl<H: Host> Mm<H> {
         let mut found = [range; 16];
         let mut rest = VaRange::of_pages(range.first(), protected).zip(run);
         while let Some((range, run)) = rest.take() {
-            let (count, end) = self.host.present(range, &mut found);
+            let (count, end) =
+                if zeros { self.there(range, &mut found) } else { self.host.present(range, &mut found) };
             let looked_at = end.since(range.first()).at_most(range.pages());
             let (run, left) = run.split(looked_at);
             rest = range.skip(looked_at).zip(left);
@@ -238,6 +239,17 @@ impl<H: Host> Mm<H> {
                 self.stay_absent(range, run, skipped);
             }
         }
+    }
+
+    /// What is present, the page of zeros included.
+    fn there(&self, range: VaRange, found: &mut [VaRange; 16]) -> (usize, Vpn) {
+        let nothing = Mapped { range, write: false, huge: false, zero: false, file: false };
+        let mut mapped = [nothing; 16];
+        let (count, end) = self.host.mapped(range, &mut mapped);
+        for (place, mapped) in found.iter_mut().zip(&mapped[..count]) {
+            *place = mapped.range;
+        }
+        (count, end)
     }
 
     /// Holes, and pages that are the zero page. They are not copied: to read a hole would be a fault, of the

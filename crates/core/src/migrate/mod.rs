@@ -143,6 +143,8 @@ struct Job<'a> {
     to: &'a Arc<Pagemap>,
     select: Select,
     by: Option<Owner>,
+    /// Pages that hold nothing go as well: those that read as zeros are among them.
+    zeros: bool,
 }
 
 impl<H: Host> Mm<H> {
@@ -154,7 +156,7 @@ impl<H: Host> Mm<H> {
     pub fn migrate(&self, range: VaRange, since: Epoch, to: &Arc<Pagemap>, select: Select) -> Migrated {
         let mut result = Migrated::default();
         for chunk in range.chunks() {
-            self.migrate_present(chunk, &Job { since, to, select, by: None }, &mut result);
+            self.migrate_present(chunk, &Job { since, to, select, by: None, zeros: false }, &mut result);
         }
         self.stats.skip(&result.skipped);
         result
@@ -207,7 +209,11 @@ impl<H: Host> Mm<H> {
         for part in left {
             match sources.ram {
                 Some(select) => {
-                    self.migrate_present(part, &Job { since, to, select, by: sources.by }, result);
+                    self.migrate_present(
+                        part,
+                        &Job { since, to, select, by: sources.by, zeros: sources.holes },
+                        result,
+                    );
                 }
                 None => result.skipped.add(Skip::Unselected, part.pages().get()),
             }
@@ -225,7 +231,7 @@ impl<H: Host> Mm<H> {
             let (collected, looked_at) = self.collect(part, job.since, job.select, &mut result.skipped);
             rest = part.skip(looked_at);
             let Some(collected) = collected else { continue };
-            if let Some(isolated) = collected.by(job.by).isolate(&mut result.skipped) {
+            if let Some(isolated) = collected.by(job.by).zeros(job.zeros).isolate(&mut result.skipped) {
                 let copied = isolated.copy(job.to, &mut result.skipped);
                 result.moved = result.moved.plus(copied.commit(&mut result.skipped));
             }

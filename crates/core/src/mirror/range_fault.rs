@@ -28,8 +28,10 @@ const FOUND: usize = 16;
 /// enough that nobody who reads events waits for it.
 const SPAN: usize = 16 * CHUNK_PAGES;
 
-const NO_RIGHTS: Rights = Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false };
-const NOT_MAPPED: Mapped = Mapped { range: VaRange::page(Vpn::new(0)), write: false, huge: false };
+const NO_RIGHTS: Rights =
+    Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false };
+const NOT_MAPPED: Mapped =
+    Mapped { range: VaRange::page(Vpn::new(0)), write: false, huge: false, zero: false, file: false };
 
 /// What is left of `range` from `end` on.
 fn behind(range: VaRange, end: Vpn) -> Option<VaRange> {
@@ -255,9 +257,13 @@ impl<H: Host> Mm<H> {
             let mut gap = part.first();
             for mapped in &found[..count] {
                 fill_between(views, first, gap, mapped.range.first(), PageView::Absent);
-                let write = rights.write && mapped.write;
-                let order = if mapped.huge { Geometry::M2 } else { Geometry::K4 };
-                part_of(views, first, mapped.range).fill(PageView::Ram { write, order });
+                let write = rights.write && mapped.write && (rights.shared || !mapped.file);
+                let view = match mapped.huge {
+                    true => PageView::Ram { write, order: Geometry::M2 },
+                    false if mapped.zero => PageView::Zeros,
+                    false => PageView::Ram { write, order: Geometry::K4 },
+                };
+                part_of(views, first, mapped.range).fill(view);
                 huge |= mapped.huge;
                 gap = mapped.range.end_page();
             }

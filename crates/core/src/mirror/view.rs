@@ -31,6 +31,8 @@ pub enum PageView {
         /// 2 MiB where one huge page maps the whole chunk, and all of the chunk was asked about; otherwise 4 KiB.
         order: Geometry,
     },
+    /// The page of zeros that everybody shares, reached at its own address: to be read only.
+    Zeros,
     /// On the caller's own device.
     Device {
         /// Which page of it.
@@ -45,7 +47,7 @@ pub enum PageView {
 impl PageView {
     /// Whether the page can be read where it is (`HMM_PFN_VALID`).
     pub const fn is_valid(self) -> bool {
-        matches!(self, Self::Ram { .. } | Self::Device { .. })
+        matches!(self, Self::Ram { .. } | Self::Zeros | Self::Device { .. })
     }
 
     /// Whether it can be written where it is (`HMM_PFN_WRITE`).

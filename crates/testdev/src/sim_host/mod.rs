@@ -430,7 +430,7 @@ impl Host for SimHost {
     fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn) {
         let areas = self.areas_in(range);
         for (place, area) in found.iter_mut().zip(&areas) {
-            *place = Rights { range: area.range, read: true, write: !area.read_only };
+            *place = Rights { range: area.range, read: true, write: !area.read_only, shared: false };
         }
         let end = areas.get(found.len()).map_or(range.end_page(), |area| area.range.first());
         (areas.len().min(found.len()), end)
@@ -442,7 +442,8 @@ impl Host for SimHost {
         for (filled, (page, what)) in pages.enumerate() {
             let Some(place) = found.get_mut(filled) else { return (filled, *page) };
             let huge = state.huge.contains(&page.chunk());
-            *place = Mapped { range: VaRange::page(*page), write: !what.protected, huge };
+            let write = !what.protected;
+            *place = Mapped { range: VaRange::page(*page), write, huge, zero: false, file: false };
         }
         let filled = state.pages.range(range.first()..range.end_page()).count();
         (filled, range.end_page())

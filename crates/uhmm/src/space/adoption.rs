@@ -53,7 +53,7 @@ impl Space {
 
 impl Inner {
     /// Brings the pages of `range` home and ends the watch over them.
-    fn release(&self, range: VaRange) {
+    pub(super) fn release(&self, range: VaRange) {
         let mm = self.managed.mm();
         // A signal handler that touched a page would wait for the locks that we take.
         let _blocked = Blocked::all();

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use uhmm_addr::{PageCount, PfnRange, Vpn};
+use uhmm_addr::{PageCount, PfnRange};
 use uhmm_core::migrate::Migrated;
 use uhmm_core::stats::Skipped;
 use uhmm_sys::signals::Blocked;
@@ -88,11 +88,9 @@ impl Space {
         let mut done = Evacuated::default();
         loop {
             let mut pass = Migrated::default();
-            let mut at = Vpn::new(0);
-            while let Some((range, _)) = managed.range_from(at) {
-                pass.merge(&managed.mm().evict_pfns(range, pages, to, &mut scratch));
-                at = range.end_page();
-            }
+            // Wherever its pages are: not only where more may be taken out.
+            let everywhere = managed.mm().table().range();
+            pass.merge(&managed.mm().evict_pfns(everywhere, pages, to, &mut scratch));
             done.moved = done.moved.plus(pass.moved);
             done.skipped = pass.skipped;
             done.left = map.live();

@@ -151,6 +151,27 @@ impl Space {
         Mirror::new(self, self.inner.managed.mm().mirror(range, table))
     }
 
+    /// What the pages of `range` are, into `views`, one for each page, managed or not: what is there, and for device
+    /// number `own` which of its pages (the kernel's `hmm_range_fault` with nothing asked for). Nobody tells when it is
+    /// over.
+    ///
+    /// # Errors
+    /// [`RangeFaultError::Outside`].
+    ///
+    /// # Panics
+    /// If there are more or fewer views than pages.
+    pub fn snapshot(
+        &self,
+        range: VaRange,
+        own: Option<usize>,
+        views: &mut [PageView],
+    ) -> Result<(), RangeFaultError> {
+        let own = own.and_then(|device| self.inner.pagemaps.get(device));
+        let request = own.map_or(Request::SNAPSHOT, |own| Request::SNAPSHOT.owning(own));
+        let _blocked = Blocked::all();
+        self.inner.managed.mm().snapshot(range, &request, views)
+    }
+
     pub(super) fn manages(&self, range: VaRange) -> bool {
         let known = self.inner.managed.range_from(range.first());
         known.is_some_and(|(known, _)| known.encloses(range))
@@ -165,15 +186,25 @@ impl Space {
         if !self.manages(range) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let _blocked = Blocked::all();
-        let mm = self.inner.managed.mm();
-        let change = Change::new(range, Event::Protect);
-        let _told = mm.notifiers().begin(mm.host(), &change).map_err(io::Error::other)?;
         let flags = if write { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::READ };
         let start = std::ptr::with_exposed_provenance_mut(range.start().get());
-        // SAFETY: managed memory stays mapped and readable; a store that is forbidden ends the program, and does not
-        // change what any reference says.
-        Ok(unsafe { rustix::mm::mprotect(start, range.bytes(), flags) }?)
+        self.protecting(range, || {
+            // SAFETY: managed memory stays mapped and readable; a store that is forbidden ends the program, and does
+            // not change what any reference says.
+            Ok(unsafe { rustix::mm::mprotect(start, range.bytes(), flags) }?)
+        })
+    }
+
+    /// Has `protect` change the protection of `range`, managed or not, and tells mirrors and subscribers before: for
+    /// whoever sees the program's own calls of `mprotect`, which raise no event.
+    pub fn protecting<R>(&self, range: VaRange, protect: impl FnOnce() -> R) -> R {
+        let _blocked = Blocked::all();
+        let mm = self.inner.managed.mm();
+        let told = mm.notifiers().begin(mm.host(), &Change::new(range, Event::Protect));
+        let done = protect();
+        // A change that may block is never refused.
+        drop(told);
+        done
     }
 }
 

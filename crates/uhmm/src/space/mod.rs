@@ -37,6 +37,7 @@ mod handlers;
 mod migration;
 pub mod mirror;
 mod pins;
+mod program;
 mod residency;
 pub mod userptr;
 
@@ -44,7 +45,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use uhmm_addr::{Geometry, PageCount, RangeError, VaRange};
+use uhmm_addr::{Geometry, PageCount, Pfn, RangeError, VaRange};
+use uhmm_core::device::DevicePage;
 use uhmm_core::notifier::{Owner, Subscriber, Subscription};
 use uhmm_core::pagemap::Pagemap;
 use uhmm_core::stats::{Counter, Skipped};
@@ -58,6 +60,7 @@ pub use builder::{Builder, LEAST_BUDGET, SpaceError};
 pub use evacuation::Evacuated;
 pub use migration::Migration;
 pub use pins::Pinned;
+pub use program::{MappingKind, ProgramMapping};
 pub use residency::Residency;
 
 use crate::buffer::{Buffer, Plain};
@@ -78,6 +81,9 @@ pub enum MapError {
     /// The system refused the memory.
     #[error("the memory cannot be mapped")]
     Map(#[from] io::Error),
+    /// The signal engine does not hear what a program does to its mappings.
+    #[error("memory that the program may unmap needs the engine `Threads`")]
+    Deaf,
     /// The kernel does not let this memory be watched.
     #[error("the memory cannot be watched: it must be private and anonymous")]
     Register(#[from] RegisterError),
@@ -208,6 +214,13 @@ impl Space {
 
     fn pagemap(&self, device: usize) -> Result<&Arc<Pagemap>, MigrateError> {
         self.inner.pagemaps.get(device).ok_or(MigrateError::NoDevice(device))
+    }
+
+    /// Where page `pfn` of device number `device` lies on it, as its own driver wants to know. `None` if it is not one
+    /// of its pages.
+    pub fn device_page(&self, device: usize, pfn: Pfn) -> Option<DevicePage> {
+        let map = self.inner.pagemaps.get(device)?;
+        map.range().contains(pfn).then(|| map.device_page(pfn))
     }
 
     /// Pages in use on device number `device`.

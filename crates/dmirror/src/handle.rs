@@ -1,0 +1,365 @@
+//! An open device: its table, and what it does when it is asked.
+//!
+//! What    [`Handle`]: reads and writes through the device's table, as the table's faults; migrations; snapshots;
+//!         release. The ranges that it gets are whole pages.
+//! Owns    its table. Its end brings every page of the device home, whoever moved it there, as the kernel's does.
+//! Locks   its own around each operation; [`Dmirror`]'s `leaving`, and the mirrors', inside.
+//! Races   *unmapped, discarded or protected while the device copies*: it finds the page, or an error, never another
+//!         one's memory; see [`load`](crate::load). A device page is copied under the lock of the mirror that says that
+//!         it is there.
+//! Fails   with an [`Error`]. What was moved until then stays moved, and what was written stays written.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use uhmm::mirror::{DEFAULT_TIMEOUT, PageView, Want};
+use uhmm::space::{MappingKind, ProgramMapping};
+use uhmm::{PageCount, VaRange};
+
+use crate::areas::{Areas, Table};
+use crate::transfer::{Buffer, Page, Unreachable};
+use crate::{Dmirror, Error, Node, snapshot};
+
+/// What an operation did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Pages that were copied, moved or looked at.
+    pub pages: PageCount,
+    /// Times that the device missed a page in its table.
+    pub faults: u64,
+}
+
+/// Times that a mapping that was found gone is looked for anew.
+const LOOKS: usize = 8;
+/// Pages that are looked at together on the way home.
+const BATCH: PageCount = PageCount::new(512);
+
+/// An open device.
+pub struct Handle<'m> {
+    machine: &'m Dmirror,
+    node: Node,
+    areas: Mutex<Areas<'m>>,
+}
+
+impl fmt::Debug for Handle<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+/// What the front of a range is, as the table says.
+enum Front {
+    /// So many pages in RAM.
+    Ram(PageCount),
+    /// So many pages on the device, which were copied.
+    Copied(PageCount),
+    Missing,
+}
+
+impl<'m> Handle<'m> {
+    pub(crate) fn new(machine: &'m Dmirror, node: Node) -> Self {
+        Self { machine, node, areas: Mutex::default() }
+    }
+
+    /// Which device it is.
+    pub const fn node(&self) -> Node {
+        self.node
+    }
+
+    fn areas(&self) -> MutexGuard<'_, Areas<'m>> {
+        self.areas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The device reads `range`, wherever its pages are, into `into`.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] where nothing that can be read is mapped.
+    ///
+    /// # Panics
+    /// If `into` is not as long as the range.
+    pub fn read(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        self.access(range, Want::Read, Buffer::Into(into))
+    }
+
+    /// The device writes `from` to `range`, wherever its pages are.
+    ///
+    /// # Errors
+    /// [`Error::Permission`] where it may only be read, and as [`Handle::read`]. Pages before the one that failed may be
+    /// written.
+    ///
+    /// # Panics
+    /// If `from` is not as long as the range.
+    pub fn write(&self, range: VaRange, from: &[u8]) -> Result<Counts, Error> {
+        self.access(range, Want::Write, Buffer::From(from))
+    }
+
+    fn access(&self, range: VaRange, want: Want, mut buffer: Buffer<'_>) -> Result<Counts, Error> {
+        let mut areas = self.areas();
+        let mut counts = Counts::default();
+        let done = loop {
+            match self.copy(&areas, range, counts.pages, &mut buffer) {
+                Ok(pages) => counts.pages = pages,
+                Err(Unreachable) => break Err(self.why_not(range, want)),
+            }
+            let Some(rest) = range.skip(counts.pages) else { break Ok(counts) };
+            counts.faults += 1;
+            if let Err(error) = self.fault(&mut areas, rest, want) {
+                break Err(error);
+            }
+        };
+        areas.forget_plain();
+        done
+    }
+
+    /// Copies the pages of `range` from number `done` on, up to the first one that the table lacks. Returns its number.
+    fn copy(
+        &self,
+        areas: &Areas<'m>,
+        range: VaRange,
+        mut done: PageCount,
+        buffer: &mut Buffer<'_>,
+    ) -> Result<PageCount, Unreachable> {
+        let mut page = Page::new();
+        // What the table says to be in RAM stays there.
+        let _stay = self.machine.stay();
+        while let Some(rest) = range.skip(done) {
+            let Some(area) = areas.at(rest.first()) else { break };
+            let Some(part) = area.range.intersect(rest) else { break };
+            let front = match &area.mirror {
+                None => Front::Ram(part.pages()),
+                Some(mirror) => {
+                    let mut buffer = buffer.part(done, part.pages());
+                    mirror.look(|table| self.copy_own(table, part, &mut buffer, &mut page))?
+                }
+            };
+            done = match front {
+                Front::Missing => break,
+                Front::Copied(pages) => done.plus(pages),
+                Front::Ram(pages) => {
+                    buffer.part(done, pages).ram(part.start())?;
+                    done.plus(pages)
+                }
+            };
+        }
+        Ok(done)
+    }
+
+    /// Copies the device's own pages at the front of `part`, under the mirror's lock.
+    fn copy_own(
+        &self,
+        table: &Table,
+        part: VaRange,
+        buffer: &mut Buffer<'_>,
+        page: &mut Page,
+    ) -> Result<Front, Unreachable> {
+        let usable = |view: &PageView| if buffer.writes() { view.may_write() } else { view.is_valid() };
+        let views = &table.from(part.first())[..part.pages().get()];
+        let there = views.iter().take_while(|view| usable(view)).count();
+        let views = &views[..there];
+        let own = views.iter().map_while(|view| match view {
+            PageView::Device { pfn, .. } => Some(*pfn),
+            _ => None,
+        });
+        let memory = self.machine.device(self.node);
+        let mut copied = PageCount::ZERO;
+        for pfn in own {
+            memory.copy(pfn, page, buffer.part(copied, PageCount::ONE))?;
+            copied = copied.plus(PageCount::ONE);
+        }
+        if !copied.is_zero() {
+            return Ok(Front::Copied(copied));
+        }
+        let ram = views.iter().take_while(|view| !matches!(view, PageView::Device { .. })).count();
+        Ok(if ram == 0 { Front::Missing } else { Front::Ram(PageCount::new(ram)) })
+    }
+
+    /// What the mappings say about an access that the kernel refused.
+    fn why_not(&self, range: VaRange, want: Want) -> Error {
+        match self.permit(range, want) {
+            Ok(_) => Error::Fault,
+            Err(error) => error,
+        }
+    }
+
+    /// The mappings of `range`, if they permit what is wanted.
+    fn permit(&self, range: VaRange, want: Want) -> Result<Vec<ProgramMapping>, Error> {
+        let mappings = self.machine.space().mappings(range).map_err(|_| Error::NoMemory)?;
+        let mut at = range.first();
+        for mapping in &mappings {
+            if mapping.range.first() != at || !mapping.read {
+                return Err(Error::Fault);
+            }
+            if want == Want::Write && !mapping.write {
+                return Err(Error::Permission);
+            }
+            at = mapping.range.end_page();
+        }
+        if at == range.end_page() { Ok(mappings) } else { Err(Error::Fault) }
+    }
+
+    /// Has the pages of `range` brought where the device reaches them, and puts them into the table.
+    fn fault(&self, areas: &mut Areas<'m>, range: VaRange, want: Want) -> Result<(), Error> {
+        let mut looks = 0;
+        loop {
+            looks += 1;
+            let done = self.fault_once(areas, range, want);
+            // Mapped anew, perhaps, while the mirror was told that the old mapping went.
+            if done != Err(Error::Fault) || looks == LOOKS || !areas.is_dead(range) {
+                return done;
+            }
+        }
+    }
+
+    fn fault_once(&self, areas: &mut Areas<'m>, range: VaRange, want: Want) -> Result<(), Error> {
+        for mapping in self.permit(range, want)? {
+            areas.cover(self.machine.space(), self.node, &mapping)?;
+        }
+        for (part, mirror) in areas.watched(range) {
+            mirror.populate(part, want, Table::install)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the pages of `range` to the device, and has it read them into `into`. Private anonymous memory can be
+    /// moved, pages that were never touched included; pages on other devices are not.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if something is not mapped, may not be read, or is a pool's huge page; [`Error::NotThere`] if
+    /// a page could not be moved.
+    ///
+    /// # Panics
+    /// If `into` is not as long as the range.
+    pub fn migrate_to_device(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        let mut areas = self.areas();
+        let space = self.machine.space();
+        let moved = self.each_mapping(range, |mapping| {
+            areas.cover(space, self.node, &mapping)?;
+            for (part, mirror) in areas.watched(mapping.range) {
+                self.settle(part);
+                let leave = self.machine.leave();
+                let _ = space.migration(part).to(self.node.index()).run()?;
+                drop(leave);
+                mirror.populate(part, Want::Nothing, Table::install_own)?;
+            }
+            // What is not watched is not moved, and must not be read as if it were.
+            areas.forget_plain();
+            Ok(())
+        });
+        moved?;
+        let copied = self.copy(&areas, range, PageCount::ZERO, &mut Buffer::Into(into));
+        match copied {
+            Ok(pages) if pages == range.pages() => Ok(Counts { pages, faults: 0 }),
+            Ok(_) | Err(Unreachable) => Err(Error::NotThere),
+        }
+    }
+
+    /// Waits a while until no page of `range` is on its way: a program goes on as soon as its page is there, a moment
+    /// before the page can leave again.
+    fn settle(&self, range: VaRange) {
+        let start = Instant::now();
+        while !self.machine.space().residency(range).staged.is_zero() && start.elapsed() < DEFAULT_TIMEOUT {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Moves those pages of `range` home that are on the device, and counts them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] as with [`Handle::migrate_to_device`].
+    pub fn migrate_to_system(&self, range: VaRange) -> Result<Counts, Error> {
+        let _areas = self.areas();
+        let space = self.machine.space();
+        let mut counts = Counts::default();
+        self.each_mapping(range, |mapping| {
+            let mut views = [PageView::Absent; BATCH.get()];
+            let mut rest = Some(mapping.range);
+            while let Some(left) = rest {
+                let batch = left.take(BATCH);
+                rest = left.skip(batch.pages());
+                let views = &mut views[..batch.pages().get()];
+                space.snapshot(batch, Some(self.node.index()), views)?;
+                for part in runs(batch, views, |view| matches!(view, PageView::Device { .. })) {
+                    let came = space.prefetch(part).map_err(|_| Error::NoMemory)?;
+                    counts.pages = counts.pages.plus(came);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(counts)
+    }
+
+    /// Calls `f` for the mappings of `range`, in order, up to the first place where pages cannot be moved.
+    fn each_mapping(
+        &self,
+        range: VaRange,
+        mut f: impl FnMut(ProgramMapping) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut at = range.first();
+        for mapping in self.machine.space().mappings(range).map_err(|_| Error::NoMemory)? {
+            if mapping.range.first() != at || !mapping.read || mapping.kind == MappingKind::HugePool {
+                return Err(Error::Invalid);
+            }
+            at = mapping.range.end_page();
+            f(mapping)?;
+        }
+        if at == range.end_page() { Ok(()) } else { Err(Error::Invalid) }
+    }
+
+    /// What the device would see of the pages of `range`, a byte for each, as the kernel's `HMM_DMIRROR_PROT_*`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the range is no user memory, [`Error::NoMemory`].
+    ///
+    /// # Panics
+    /// If `into` has more or fewer bytes than the range has pages.
+    pub fn snapshot(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        let mut views = Vec::new();
+        views.try_reserve_exact(into.len()).map_err(|_| Error::NoMemory)?;
+        views.resize(into.len(), PageView::Absent);
+        self.machine.space().snapshot(range, Some(self.node.index()), &mut views)?;
+        for (byte, view) in into.iter_mut().zip(views) {
+            *byte = snapshot::byte(view, self.node.kind());
+        }
+        Ok(Counts { pages: range.pages(), faults: 0 })
+    }
+
+    /// Takes pages of `range` for the device alone.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]: the space has no exclusive access yet.
+    pub const fn exclusive(&self, _range: VaRange) -> Result<Counts, Error> {
+        Err(Error::Unsupported)
+    }
+
+    /// Moves every page of the device home, whoever moved it there. The device can be used again.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`]. Pages that could not be moved stay.
+    pub fn release(&self) -> Result<Counts, Error> {
+        let done = self.machine.space().evacuate(self.node.index(), None)?;
+        Ok(Counts { pages: done.moved, faults: 0 })
+    }
+}
+
+impl Drop for Handle<'_> {
+    fn drop(&mut self) {
+        *self.areas.get_mut().unwrap_or_else(PoisonError::into_inner) = Areas::default();
+        // Without memory for it the pages stay where they are, and come home when they are touched.
+        let _ = self.release();
+    }
+}
+
+/// The stretches of `range` whose pages are such.
+fn runs(range: VaRange, views: &[PageView], such: impl Fn(&PageView) -> bool) -> Vec<VaRange> {
+    let mut found = Vec::new();
+    let mut n = 0;
+    for group in views.chunk_by(|a, b| such(a) == such(b)) {
+        let part = range.skip(PageCount::new(n)).map(|rest| rest.take(PageCount::new(group.len())));
+        if such(&group[0]) {
+            found.extend(part);
+        }
+        n += group.len();
+    }
+    found
+}

@@ -1,0 +1,35 @@
+//! What a page is, in one byte, as the kernel's `HMM_DMIRROR_PROT_*` say it.
+//!
+//! What    [`byte`].
+
+use uhmm::Geometry;
+use uhmm::mirror::PageView;
+
+use crate::Kind;
+
+const ERROR: u8 = 0xff;
+const NONE: u8 = 0x00;
+const READ: u8 = 0x01;
+const WRITE: u8 = 0x02;
+const PMD: u8 = 0x04;
+const PUD: u8 = 0x08;
+const ZERO: u8 = 0x10;
+const PRIVATE_LOCAL: u8 = 0x20;
+const COHERENT_LOCAL: u8 = 0x40;
+
+/// The byte for a page that a device of this kind sees so.
+pub(crate) fn byte(view: PageView, kind: Kind) -> u8 {
+    let permitted = if view.may_write() { WRITE } else { READ };
+    match view {
+        PageView::Error(_) => ERROR,
+        PageView::Absent => NONE,
+        PageView::Zeros => ZERO | READ,
+        PageView::Ram { order: Geometry::K4, .. } => permitted,
+        PageView::Ram { order: Geometry::M2, .. } => PMD | permitted,
+        PageView::Ram { order: Geometry::G1, .. } => PUD | permitted,
+        PageView::Device { .. } => match kind {
+            Kind::Private => PRIVATE_LOCAL | permitted,
+            Kind::Coherent => COHERENT_LOCAL | permitted,
+        },
+    }
+}
