@@ -261,11 +261,14 @@ pub(crate) fn fuzz_smoke(more: &[String]) -> Vec<Step> {
 }
 
 pub(crate) fn conformance() -> Vec<Step> {
+    let mut hmm_tests = Step::cargo("hmm-tests", "xtask hmm-tests");
+    // The package that their source comes in is large.
+    hmm_tests.minutes = TEST_MINUTES;
     vec![
         Step::cargo("devices", "test -p uhmm-devices --test suite"),
         Step::cargo("sim-host", "test -p uhmm-testdev --tests"),
         Step::cargo("linux-host", "test -p uhmm-sys --lib -- host:: uffd::"),
-        Step::cargo("hmm-tests", "xtask hmm-tests"),
+        hmm_tests,
     ]
 }
 

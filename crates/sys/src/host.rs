@@ -143,6 +143,11 @@ impl LinuxHost {
         &self.program
     }
 
+    /// Tells what is mapped, and how.
+    pub const fn rights(&self) -> &MappingRights {
+        &self.rights
+    }
+
     /// Tells what is present.
     pub const fn scanner(&self) -> &PagemapScan {
         &self.scanner

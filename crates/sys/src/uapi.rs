@@ -56,6 +56,8 @@ pub(crate) const PROCMAP_QUERY: Opcode = opcode::read_write::<procmap_query>(b'f
 pub(crate) const MAPPING_READABLE: u64 = raw::procmap_query_flags::PROCMAP_QUERY_VMA_READABLE as u64;
 /// The mapping may be written.
 pub(crate) const MAPPING_WRITABLE: u64 = raw::procmap_query_flags::PROCMAP_QUERY_VMA_WRITABLE as u64;
+/// The mapping may be executed.
+pub(crate) const MAPPING_EXECUTABLE: u64 = raw::procmap_query_flags::PROCMAP_QUERY_VMA_EXECUTABLE as u64;
 /// What is written there is everybody's.
 pub(crate) const MAPPING_SHARED: u64 = raw::procmap_query_flags::PROCMAP_QUERY_VMA_SHARED as u64;
 /// The mapping that covers the address, or else the next one.

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use common::{Memory, PAGE, Setup, check, fill, memory, part};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous};
 use uhmm::mirror::PageView;
@@ -11,6 +13,7 @@ use uhmm::{ByteSize, Geometry, PageCount, Skip};
 with_engine!(Signal, signal_move, signal_fallback: who_hears_nothing_watches_nothing);
 with_engine!(Threads, threads_move, threads_fallback:
     mappings_are_listed,
+    a_list_has_no_hole_that_was_none,
     a_new_mapping_is_watched_anew,
     a_part_is_watched,
     the_page_of_zeros_goes_as_a_page,
@@ -40,6 +43,33 @@ fn mappings_are_listed(setup: Setup) {
     }
     let ours = space.map::<u64>(512).unwrap();
     assert_eq!(space.mappings(ours.range()).unwrap()[0].kind, MappingKind::Other);
+}
+
+/// Mappings are split and joined while they are listed.
+fn a_list_has_no_hole_that_was_none(setup: Setup) {
+    let space = setup.space(ByteSize::mib(1));
+    let memory = Memory::new(PAGES);
+    let (range, over) = (memory.range(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for n in 0..PAGES {
+                    // SAFETY: the test's own memory, unwatched at once.
+                    unsafe { space.watch(part(range, n, 1)) }.unwrap();
+                    space.unwatch(part(range, n, 1));
+                }
+            }
+        });
+        for _ in 0..500 {
+            let mut end = range.first();
+            for mapping in space.mappings(range).unwrap() {
+                assert!(mapping.range.first() <= end, "{mapping:?} comes behind {end:?}");
+                end = end.max(mapping.range.end_page());
+            }
+            assert_eq!(end, range.end_page());
+        }
+        over.store(true, Ordering::Relaxed);
+    });
 }
 
 fn a_new_mapping_is_watched_anew(setup: Setup) {

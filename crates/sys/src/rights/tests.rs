@@ -61,3 +61,36 @@ fn a_list_goes_on_where_the_room_ended() {
         assert_eq!(all, expected(&memory), "{fallback}");
     }
 }
+
+#[test]
+fn mappings_have_names_and_files() {
+    let memory = mixed();
+    let file = crate::mapping::Mapping::reserve(4096, "uhmm-test").unwrap();
+    let rights = MappingRights::open().unwrap();
+    for fallback in [false, true] {
+        rights.fallback.store(fallback, Ordering::Relaxed);
+        let mut found = Vec::new();
+        let list = |entry: MapEntry<'_>| {
+            assert!(entry.inode == 0 && !entry.shared && !entry.exec);
+            found.push((entry.range.intersect(memory.range()).unwrap(), entry.read, entry.write));
+        };
+        rights.entries(memory.range(), list).unwrap();
+        let expected = expected(&memory).map(|rights| (rights.range, rights.read, rights.write));
+        assert_eq!(found, expected, "{fallback}");
+        let mut named = 0;
+        rights
+            .entries(file.range(), |entry| {
+                // Without CONFIG_ANON_VMA_NAME there are no names.
+                assert!(entry.path.is_empty() || entry.path == b"[anon:uhmm-test]", "{entry:?}");
+                named += 1;
+            })
+            .unwrap();
+        assert_eq!(named, 1);
+        let code = VirtAddr::of(mappings_have_names_and_files as fn() as *const u8).page();
+        let mut program = Vec::new();
+        let list = |entry: MapEntry<'_>| program.push((entry.exec, entry.inode != 0, entry.path.to_vec()));
+        rights.entries(VaRange::page(code), list).unwrap();
+        let path = std::env::current_exe().unwrap();
+        assert_eq!(program, [(true, true, path.into_os_string().into_encoded_bytes())]);
+    }
+}

@@ -14,7 +14,7 @@ use std::io;
 
 use uhmm_addr::VaRange;
 use uhmm_sys::mapping;
-use uhmm_sys::maps::{MapEntry, MapsReader};
+use uhmm_sys::maps::MapEntry;
 use uhmm_sys::signals::Blocked;
 
 use super::{MapError, Space};
@@ -43,11 +43,11 @@ pub struct ProgramMapping {
     pub kind: MappingKind,
 }
 
-fn kind_of(entry: &MapEntry<'_>) -> MappingKind {
+fn kind_of(entry: &MapEntry<'_>, asked: VaRange) -> MappingKind {
     let named = |name: &[u8]| entry.path.starts_with(name);
     if named(b"/anon_hugepage") {
         MappingKind::HugePool
-    } else if entry.inode != 0 || entry.shared || named(b"[anon:uhmm") || mapping::is_ours(entry.range) {
+    } else if entry.inode != 0 || entry.shared || named(b"[anon:uhmm") || mapping::is_ours(asked) {
         MappingKind::Other
     } else if entry.path.is_empty() || entry.path == b"[heap]" || named(b"[anon:") {
         MappingKind::Anonymous
@@ -63,9 +63,9 @@ impl Space {
     /// If the list cannot be read.
     pub fn mappings(&self, range: VaRange) -> io::Result<Vec<ProgramMapping>> {
         let mut found = Vec::new();
-        MapsReader::open()?.for_each(|entry| {
+        self.inner.managed.mm().host().rights().entries(range, |entry| {
             if let Some(common) = entry.range.intersect(range) {
-                let kind = kind_of(&entry);
+                let kind = kind_of(&entry, common);
                 found.push(ProgramMapping { range: common, read: entry.read, write: entry.write, kind });
             }
         })?;
