@@ -21,5 +21,6 @@ mod run;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub(crate) use arena::Holder;
 pub use arena::{Arena, Slot};
 pub use run::{Empty, Framed, Run, RunState};

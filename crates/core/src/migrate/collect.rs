@@ -7,7 +7,7 @@ use uhmm_addr::{PageCount, VaRange, Vpn};
 use crate::frame::{Empty, Framed, Run};
 use crate::host::Host;
 use crate::mm::{Epoch, Mm};
-use crate::notifier::Owner;
+use crate::notifier::{Event, Owner};
 use crate::pagetable::{Kind, PageWord, State};
 use crate::stats::{Skip, Skipped};
 use crate::sync::ReadGuard;
@@ -47,7 +47,8 @@ pub struct Collected<'m, H: Host> {
     pub(super) range: VaRange,
     pub(super) run: Option<Run<'m, Empty, H>>,
     pub(super) layout: Option<ReadGuard<'m, H>>,
-    /// Whose doing the migration is.
+    /// What is told before the pages go, and whose doing it is.
+    pub(super) event: Event,
     pub(super) by: Option<Owner>,
     /// Room for every run that the next phase may find, made before the layout lock was taken: a thread that
     /// forks holds the allocator's locks until its event is read, which takes the layout lock.
@@ -107,8 +108,15 @@ impl<H: Host> Mm<H> {
             return (None, passed);
         };
         let (run, _unused) = run.split(claimed);
-        let collected =
-            Collected { mm: self, range: claimed_range, run, layout: Some(layout), by: None, runs };
+        let collected = Collected {
+            mm: self,
+            range: claimed_range,
+            run,
+            layout: Some(layout),
+            event: Event::Migrate,
+            by: None,
+            runs,
+        };
         (Some(collected), passed.plus(claimed))
     }
 
@@ -128,6 +136,7 @@ impl<H: Host> Mm<H> {
             _ if word.is_pinned() => Skip::Pinned,
             _ if word.is_discarded() => Skip::Discarded,
             State::Poisoned => Skip::Failed,
+            State::Exclusive => Skip::Exclusive,
             _ => Skip::Elsewhere,
         })
     }
@@ -154,6 +163,12 @@ impl<H: Host> Collected<'_, H> {
     /// is told of this migration.
     pub fn by(mut self, owner: Option<Owner>) -> Self {
         self.by = owner;
+        self
+    }
+
+    /// The same, told as what it is for: to be lent ([`Isolated::lend`](super::Isolated::lend)).
+    pub(super) fn for_loan(mut self) -> Self {
+        self.event = Event::Exclusive;
         self
     }
 }

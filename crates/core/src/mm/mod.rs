@@ -233,7 +233,17 @@ impl<H: Host> Mm<H> {
     /// As [`Mm::tell`], of a migration that is the doing of `owner`, if it is somebody's: a subscriber of that
     /// owner may pass over it.
     pub(crate) fn tell_migration(&self, range: VaRange, owner: Option<Owner>) -> Option<Invalidation<'_, H>> {
-        self.tell_change(&Change { owner, ..Change::new(range, Event::Migrate) })
+        self.tell_by(range, Event::Migrate, owner)
+    }
+
+    /// As [`Mm::tell`], of what is the doing of `owner`, if it is somebody's.
+    pub(crate) fn tell_by(
+        &self,
+        range: VaRange,
+        event: Event,
+        owner: Option<Owner>,
+    ) -> Option<Invalidation<'_, H>> {
+        self.tell_change(&Change { owner, ..Change::new(range, event) })
     }
 
     fn tell_change(&self, change: &Change) -> Option<Invalidation<'_, H>> {
