@@ -169,6 +169,21 @@ impl Reclaimer {
         looked_at
     }
 
+    /// Stages up to `want` pages that are lent to devices. They are in use, and are taken last.
+    pub fn stage_lent(&mut self, want: PageCount) -> PageCount {
+        let (mm, queue) = (self.managed.mm(), &mut self.staged);
+        let mut ended = PageCount::ZERO;
+        let mut at = Vpn::new(0);
+        while let Some((range, _)) = self.managed.range_from(at) {
+            if ended >= want {
+                break;
+            }
+            ended = ended.plus(mm.end_loans(range, want.minus(ended), |slot| queue.push_back(slot)));
+            at = range.end_page();
+        }
+        ended
+    }
+
     /// Writes the oldest staged pages, about `want` of them, to the device; their frames are free then.
     pub fn write_back(&mut self, want: PageCount) -> WriteBack {
         let count = want.get().min(WRITE_BATCH).min(self.staged.len());
@@ -381,7 +396,11 @@ impl<G: Gauge> Governor<G> {
     fn step(&mut self, wanted: PageCount) -> (bool, WriteBack) {
         // As many pages wait in the arena as get their chance, and as many more as are about to be written.
         let missing = self.second_chance.plus(wanted).minus(self.reclaimer.queued());
-        let staged = self.reclaimer.stage(missing.at_most(PageCount::new(2 * WRITE_BATCH)));
+        let missing = missing.at_most(PageCount::new(2 * WRITE_BATCH));
+        let mut staged = self.reclaimer.stage(missing);
+        if staged.is_zero() && self.reclaimer.queued().is_zero() {
+            staged = self.reclaimer.stage_lent(wanted);
+        }
         let over = self.reclaimer.queued().minus(self.second_chance);
         // Short of pages to stage, the second chance is what gives.
         let write = if staged.is_zero() && over.is_zero() { wanted } else { over };

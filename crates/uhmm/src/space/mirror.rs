@@ -51,7 +51,7 @@ use std::time::Duration;
 use rustix::mm::MprotectFlags;
 use uhmm_addr::{CHUNK_PAGES, VaRange};
 use uhmm_core::fault::Scratch;
-use uhmm_core::mirror::{self as core, Patience};
+use uhmm_core::mirror::{self as core, Patience, Terms};
 use uhmm_core::notifier::{Change, Event};
 use uhmm_core::pagemap::Pagemap;
 use uhmm_sys::clock::now;
@@ -60,7 +60,9 @@ use uhmm_sys::host::LinuxHost;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::signals::Blocked;
 
-pub use uhmm_core::mirror::{MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Unusable, Want};
+pub use uhmm_core::mirror::{
+    Exclusive, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Unusable, Want,
+};
 
 use super::Space;
 use crate::managed::Managed;
@@ -202,6 +204,38 @@ impl<T> Mirror<'_, T> {
         self.mirror.populate(range, &request, views, scratch, &mut patience, install)
     }
 
+    /// Makes the pages of `range` the device's alone, and has `install` put them into the table with the addresses of
+    /// their frames ([`PageView::Exclusive`]), a chunk at a time at most. A touch of such a page, by any thread or the
+    /// kernel, tells the table to forget it and brings it home with what the device wrote; see
+    /// [`Mirror::exclusive`](uhmm_core::mirror::Mirror::exclusive).
+    ///
+    /// The device touches frames in `install`, or in [`Mirror::look`], and nowhere else. `install` has the duties that it
+    /// has with [`Mirror::populate`]. Pages that could not be had are told as they are, and counted.
+    ///
+    /// # Errors
+    /// See [`RangeFaultError`]; the mappings must permit writing. Batches before the one that failed are installed.
+    pub fn exclusive(
+        &self,
+        range: VaRange,
+        install: impl FnMut(&mut T, Pages<'_>),
+    ) -> Result<Exclusive, RangeFaultError>
+    where
+        T: MirrorTable,
+    {
+        let managed = &*self.space.inner.managed;
+        let since = match managed.range_from(range.first()) {
+            Some((known, since)) if known.encloses(range) => since,
+            // An adoption may come to its end while a mirror is there: what comes home then is not to leave again.
+            _ => return Err(RangeFaultError::Fault(range.start())),
+        };
+        let terms = Terms { since, by: self.own.as_ref().map(|own| own.owner()) };
+        let _blocked = Blocked::all();
+        let mut work = self.work.lock();
+        let Work { scratch, views, .. } = &mut *work;
+        let mut patience = Until { managed, timeout: self.timeout, end: now() };
+        self.mirror.exclusive(range, &terms, views, scratch, &mut patience, install)
+    }
+
     /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.
     ///
     /// # Errors
@@ -252,5 +286,10 @@ impl Patience for Until<'_> {
             Retry::Starved => self.managed.wait_for_room(Duration::from_millis(1)),
         }
         true
+    }
+
+    fn moving(&mut self, work: &mut dyn FnMut()) {
+        let _lent = self.managed.lend_thread();
+        work();
     }
 }
