@@ -16,6 +16,9 @@
 //! Fails   as [`Mirror::populate`] where pages cannot be brought; page by page where they cannot be taken: some are
 //!         pinned, or there is no slot. Partial success is normal.
 
+#[cfg(all(test, loom))]
+mod loom;
+
 use uhmm_addr::{PageCount, VaRange};
 
 use super::request::{Patience, RangeFaultError, Request, Retry, Want};
