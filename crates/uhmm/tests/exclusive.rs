@@ -26,6 +26,7 @@ scenarios!(
     pages_come_from_wherever_they_are,
     pinned_pages_are_not_lent,
     whole_chunks,
+    the_end_of_a_buffer_is_told,
     a_device_that_asks_without_end_does_not_stop_the_end_of_an_adoption,
     a_limit_is_kept,
     children_beside_a_device,
@@ -396,6 +397,19 @@ fn whole_chunks(setup: Setup) {
     assert_eq!(add_to_all(&mirror), 2 * CHUNK);
     assert!(holds(&buffer, 8, 1));
     assert_eq!(held(&mirror), 0);
+}
+
+fn the_end_of_a_buffer_is_told(setup: Setup) {
+    let space = setup.space(ByteSize::mib(4));
+    let buffer = space.map::<u64>(PAGES * WORDS).unwrap();
+    let range = buffer.range();
+    let mirror = mirror(&space, range);
+    take_all(&mirror, range);
+    assert_eq!(add_to_all(&mirror), PAGES);
+    drop(buffer);
+    assert_eq!((held(&mirror), mirror.look(|table| table.last)), (0, Some(Event::Unmap)));
+    assert_eq!(take(&mirror, range), Err(RangeFaultError::Fault(range.start())));
+    assert_eq!(space.residency(range).exclusive, PageCount::ZERO);
 }
 
 fn a_device_that_asks_without_end_does_not_stop_the_end_of_an_adoption(setup: Setup) {
