@@ -384,13 +384,13 @@ fn whoever_is_short_of_memory_ends_loans() {
         take_all(&bed, &mirror, 0, 8);
         (0..8).for_each(|n| assert!(add(&bed, &mirror, n, 1000)));
         let mut slots = Vec::new();
-        let ended = bed.mm.end_loans(bed.memory(), PageCount::new(5), |slot| slots.push(slot));
+        let ended = bed.mm.end_loans(bed.memory(), Select::All, PageCount::new(5), |slot| slots.push(slot));
         assert_eq!((ended.get(), slots.len(), held(&mirror, 0, 8)), (5, 5, 3));
         assert_eq!(bed.program.load(page_at(0)), Ok(1100), "taken back before it is written");
         let sent = bed.mm.write_back(&slots, &bed.pagemap, |_| ());
         assert_eq!((sent.moved.get(), sent.raced.get()), (4, 1));
         (0..8).for_each(|n| assert_eq!(bed.program.load(page_at(n)), Ok(1100 + n as u64)));
-        assert_eq!(bed.mm.end_loans(bed.memory(), PageCount::new(5), |_| ()), PageCount::ZERO);
+        assert_eq!(bed.mm.end_loans(bed.memory(), Select::All, PageCount::new(5), |_| ()), PageCount::ZERO);
         drop(mirror);
         bed.check_nothing_leaked();
     });

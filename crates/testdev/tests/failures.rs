@@ -184,9 +184,8 @@ impl Script {
             }
             Op::Exclusive(n, pages) => self.work_alone(n, pages),
             Op::EndLoans(n, pages) => {
-                let _ = bed.mm.end_loans(pages_at(n, pages), PageCount::new(pages / 2 + 1), |slot| {
-                    self.staged.push(slot);
-                });
+                let (range, most) = (pages_at(n, pages), PageCount::new(pages / 2 + 1));
+                let _ = bed.mm.end_loans(range, Select::All, most, |slot| self.staged.push(slot));
             }
             Op::Prefetch(n, pages) => {
                 let _ = bed.program.prefetch(pages_at(n, pages));

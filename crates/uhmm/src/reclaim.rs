@@ -98,12 +98,20 @@ impl Reclaimer {
                 self.hand = Vpn::new(0);
                 continue;
             };
-            let window = range.take(SCAN_PAGES);
+            // Pages that are lent to devices have their turns among the others, so that the hand takes small steps.
+            let lends = self.managed.mm().has_lent();
+            let window = range.take(if lends { STAGE_BATCH } else { SCAN_PAGES });
             let scanner = self.managed.mm().host().scanner();
             let Ok(scanned) = scanner.present(window, &mut self.regions[..]) else {
                 self.hand = window.end_page();
                 continue;
             };
+            if lends {
+                let (select, queue) = (Select::Cold { lap: self.lap }, &mut self.staged);
+                let most = want.minus(staged);
+                let ended = self.managed.mm().end_loans(window, select, most, |slot| queue.push_back(slot));
+                staged = staged.plus(ended);
+            }
             let mut hand = scanned.walk_end.page().max(window.first().forward(PageCount::ONE));
             for n in 0..scanned.regions {
                 let present = self.regions[n].range;
@@ -167,21 +175,6 @@ impl Reclaimer {
             isolated.stage(|slot| staged.push_back(slot));
         }
         looked_at
-    }
-
-    /// Stages up to `want` pages that are lent to devices. They are in use, and are taken last.
-    pub fn stage_lent(&mut self, want: PageCount) -> PageCount {
-        let (mm, queue) = (self.managed.mm(), &mut self.staged);
-        let mut ended = PageCount::ZERO;
-        let mut at = Vpn::new(0);
-        while let Some((range, _)) = self.managed.range_from(at) {
-            if ended >= want {
-                break;
-            }
-            ended = ended.plus(mm.end_loans(range, want.minus(ended), |slot| queue.push_back(slot)));
-            at = range.end_page();
-        }
-        ended
     }
 
     /// Writes the oldest staged pages, about `want` of them, to the device; their frames are free then.
@@ -396,11 +389,7 @@ impl<G: Gauge> Governor<G> {
     fn step(&mut self, wanted: PageCount) -> (bool, WriteBack) {
         // As many pages wait in the arena as get their chance, and as many more as are about to be written.
         let missing = self.second_chance.plus(wanted).minus(self.reclaimer.queued());
-        let missing = missing.at_most(PageCount::new(2 * WRITE_BATCH));
-        let mut staged = self.reclaimer.stage(missing);
-        if staged.is_zero() && self.reclaimer.queued().is_zero() {
-            staged = self.reclaimer.stage_lent(wanted);
-        }
+        let staged = self.reclaimer.stage(missing.at_most(PageCount::new(2 * WRITE_BATCH)));
         let over = self.reclaimer.queued().minus(self.second_chance);
         // Short of pages to stage, the second chance is what gives.
         let write = if staged.is_zero() && over.is_zero() { wanted } else { over };

@@ -53,6 +53,7 @@ impl<H: Host> Mm<H> {
             self.pagemaps.of(copy).put(copy);
         }
         arena.lend(index, holder);
+        self.lends.store(true, core::sync::atomic::Ordering::Relaxed);
         let _layout = self.layout.read(&self.host);
         loop {
             let (page, word) = self.settled_word(slot);
@@ -66,9 +67,20 @@ impl<H: Host> Mm<H> {
         }
     }
 
-    /// Ends loans of pages of `range`, up to `most`, for whoever is short of memory: the holders are told, and the pages
-    /// are staged from then on. Hands out every slot.
-    pub fn end_loans(&self, range: VaRange, most: PageCount, mut queue: impl FnMut(Slot)) -> PageCount {
+    /// Whether a page was ever lent.
+    pub fn has_lent(&self) -> bool {
+        self.lends.load(core::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Ends loans of pages of `range` that `select` takes, up to `most`, for whoever is short of memory: the holders are
+    /// told, and the pages are staged from then on. Hands out every slot.
+    pub fn end_loans(
+        &self,
+        range: VaRange,
+        select: Select,
+        most: PageCount,
+        mut queue: impl FnMut(Slot),
+    ) -> PageCount {
         let mut ended = PageCount::ZERO;
         for page in self.table.used(range).flat_map(VaRange::iter) {
             if ended >= most {
@@ -77,6 +89,9 @@ impl<H: Host> Mm<H> {
             let entry = self.table.entry(page);
             let word = entry.load();
             let (State::Exclusive, Some(slot)) = (word.state(), word.slot()) else { continue };
+            if !select.takes(page, word) {
+                continue;
+            }
             let layout = self.layout.read(&self.host);
             if entry.exchange(word, PageWord::moving_back(slot).claimed_from(word)).is_err() {
                 continue;

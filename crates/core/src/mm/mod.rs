@@ -78,6 +78,8 @@ pub struct Mm<H: Host> {
     age: AtomicU32,
     /// The device is full: fresh memory has to wait, pages that come home have not.
     growth_stopped: AtomicBool,
+    // Some page was lent to a device, once.
+    pub(crate) lends: AtomicBool,
     closed: AtomicBool,
 }
 
@@ -149,6 +151,7 @@ impl<H: Host> Mm<H> {
             epoch: AtomicUsize::new(0),
             age: AtomicU32::new(0),
             growth_stopped: AtomicBool::new(false),
+            lends: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
     }
