@@ -6,6 +6,8 @@
 //! Chance  a page that is touched while it is staged is taken back for the price of a move and marked; the
 //!         clock passes a marked page once. There is no accessed bit to be had from user space for
 //!         anonymous memory on kernels of today; staging is what tells hot pages from cold ones.
+//! Lent    pages that a device has for itself have their turn like others; the device is told, and asks again if it
+//!         needs them. Were they spared, little else would be left to choose from.
 //! Budget  counted is what the gauge counts; faults may take as many pages from the system as are left (the
 //!         allowance of [`Mm`](uhmm_core::mm::Mm)), and a fault beyond that waits until the governor has made
 //!         room. That is back-pressure: a handler cannot starve the evictor.

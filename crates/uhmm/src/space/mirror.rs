@@ -1,7 +1,8 @@
 //! Mirrors of a space: a device's own page table, kept true.
 //!
 //! What    [`Space::mirror`] makes a [`Mirror`] of managed pages: core's, with a deadline and the memory that it works
-//!         with. [`Space::protect`] changes a protection so that mirrors hear of it.
+//!         with. [`Space::protect`] changes a protection so that mirrors hear of it. [`Mirror::exclusive`] has pages for
+//!         the device alone.
 //! Owns    the table; the space is borrowed, and outlives the mirror.
 //! Locks   `work`, by one thread that populates at a time; no fault handler and no callback takes it. Signals are
 //!         blocked as long as the mirror's own lock may be held: a signal handler that touched a page would wait for
@@ -211,6 +212,45 @@ impl<T> Mirror<'_, T> {
     ///
     /// The device touches frames in `install`, or in [`Mirror::look`], and nowhere else. `install` has the duties that it
     /// has with [`Mirror::populate`]. Pages that could not be had are told as they are, and counted.
+    ///
+    /// ```
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    /// use uhmm::mirror::{MirrorTable, PageView};
+    /// use uhmm::notifier::Event;
+    /// use uhmm::{Space, VaRange, VirtAddr};
+    ///
+    /// /// The frame of the one page that the device counts in.
+    /// struct Counter(Option<VirtAddr>);
+    ///
+    /// impl MirrorTable for Counter {
+    ///     fn invalidate(&mut self, _range: VaRange, _event: Event) {
+    ///         self.0 = None;
+    ///     }
+    /// }
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # if uhmm::Space::builder().build().is_err() { return Ok(()) } // no userfaultfd for this user
+    /// let space = Space::builder().build()?;
+    /// let mut numbers = space.map::<u64>(512)?;
+    /// numbers[0] = 41;
+    /// let mirror = space.mirror(numbers.range(), Counter(None))?;
+    /// let done = mirror.exclusive(numbers.range(), |counter, pages| {
+    ///     counter.0 = pages.views().iter().find_map(|view| match view {
+    ///         PageView::Exclusive { at } => Some(*at),
+    ///         _ => None,
+    ///     });
+    /// })?;
+    /// assert_eq!(done.pages.get(), 1);
+    /// mirror.look(|counter| {
+    ///     let frame = std::ptr::with_exposed_provenance_mut(counter.0.unwrap().get());
+    ///     // SAFETY: the frame is the device's alone as long as the table says so, which it does until `look` ends.
+    ///     unsafe { AtomicU64::from_ptr(frame) }.fetch_add(1, Ordering::Relaxed);
+    /// });
+    /// assert_eq!(numbers[0], 42);                          // the touch brings the page home
+    /// assert!(mirror.look(|counter| counter.0.is_none()));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// See [`RangeFaultError`]; the mappings must permit writing. Batches before the one that failed are installed.
