@@ -29,12 +29,10 @@ const FILES: [&str; 5] = [
 /// So many results there are.
 const TESTS: usize = 58;
 /// Tests that fail, and why.
-const FAIL: [(&str, &str); 4] = [
-    ("hmm.hmm_device_private.migrate_file_private", "userfaultfd does not watch private mappings of a file"),
-    ("hmm.hmm_device_private.exclusive", "the space has no exclusive access yet"),
-    ("hmm.hmm_device_private.exclusive_mprotect", "the space has no exclusive access yet"),
-    ("hmm.hmm_device_private.exclusive_cow", "the space has no exclusive access yet"),
-];
+const FAIL: [(&str, &str); 1] = [(
+    "hmm.hmm_device_private.migrate_file_private",
+    "userfaultfd does not watch private mappings of a file",
+)];
 /// Tests with this in their names are skipped: there are no coherent devices yet.
 const SKIPPED: &str = "device_coherent";
 /// The one that is skipped where there are no huge pages.

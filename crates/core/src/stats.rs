@@ -41,11 +41,13 @@ pub enum Skip {
     Unselected,
     /// The device does not take it.
     Declined,
+    /// Lent to a device, which alone may touch it.
+    Exclusive,
 }
 
 impl Skip {
     /// Every reason.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Hole,
         Self::Busy,
         Self::Refused,
@@ -61,6 +63,7 @@ impl Skip {
         Self::Foreign,
         Self::Unselected,
         Self::Declined,
+        Self::Exclusive,
     ];
 
     /// A short name, as used in statistics.
@@ -81,6 +84,7 @@ impl Skip {
             Self::Foreign => "foreign",
             Self::Unselected => "unselected",
             Self::Declined => "declined",
+            Self::Exclusive => "exclusive",
         }
     }
 }

@@ -96,7 +96,9 @@ fn carry_out(handle: &Handle<'_>, request: u32, range: VaRange, ptr: VirtAddr) -
         MIGRATE_TO_DEV => answered(range.bytes(), &|into| handle.migrate_to_device(range, into)),
         MIGRATE_TO_SYS => Ok(handle.migrate_to_system(range)?),
         SNAPSHOT => answered(range.pages().get(), &|into| handle.snapshot(range, into)),
-        EXCLUSIVE | CHECK_EXCLUSIVE => Ok(handle.exclusive(range)?),
+        EXCLUSIVE => answered(range.bytes(), &|into| handle.exclusive(range, into)),
+        CHECK_EXCLUSIVE if handle.is_exclusive(range) => Err(Errno(libc::EPERM)),
+        CHECK_EXCLUSIVE => Ok(Counts::default()),
         RELEASE => {
             handle.release()?;
             Ok(Counts::default())

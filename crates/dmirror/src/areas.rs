@@ -50,6 +50,16 @@ impl Table {
         self.views_of(pages.range()).copy_from_slice(pages.views());
     }
 
+    /// The same, if all of them are the device's alone.
+    pub(crate) fn install_exclusive(&mut self, pages: Pages<'_>) {
+        let all = pages.views().iter().all(|view| view.is_exclusive());
+        if all {
+            self.install(pages);
+        } else {
+            self.views_of(pages.range()).fill(PageView::Absent);
+        }
+    }
+
     /// The same, of those that are on the device: what the table says of others stays as it is.
     pub(crate) fn install_own(&mut self, pages: Pages<'_>) {
         for (entry, view) in self.views_of(pages.range()).iter_mut().zip(pages.views()) {

@@ -157,20 +157,24 @@ impl<'m> Handle<'m> {
         let views = &table.from(part.first())[..part.pages().get()];
         let there = views.iter().take_while(|view| usable(view)).count();
         let views = &views[..there];
-        let own = views.iter().map_while(|view| match view {
-            PageView::Device { pfn, .. } => Some(*pfn),
-            _ => None,
-        });
         let memory = self.machine.device(self.node);
         let mut copied = PageCount::ZERO;
-        for pfn in own {
-            memory.copy(pfn, page, buffer.part(copied, PageCount::ONE))?;
+        for view in views {
+            let piece = buffer.part(copied, PageCount::ONE);
+            match view {
+                PageView::Device { pfn, .. } => memory.copy(*pfn, page, piece)?,
+                // The frame is the device's alone as long as the lock is held.
+                PageView::Exclusive { at } => piece.ram(*at)?,
+                _ => break,
+            }
             copied = copied.plus(PageCount::ONE);
         }
         if !copied.is_zero() {
             return Ok(Front::Copied(copied));
         }
-        let ram = views.iter().take_while(|view| !matches!(view, PageView::Device { .. })).count();
+        let of_device =
+            |view: &PageView| matches!(view, PageView::Device { .. } | PageView::Exclusive { .. });
+        let ram = views.iter().take_while(|view| !of_device(view)).count();
         Ok(if ram == 0 { Front::Missing } else { Front::Ram(PageCount::new(ram)) })
     }
 
@@ -324,12 +328,43 @@ impl<'m> Handle<'m> {
         Ok(Counts { pages: range.pages(), faults: 0 })
     }
 
-    /// Takes pages of `range` for the device alone.
+    /// Takes the pages of `range` for the device alone, until somebody else touches them, and has it read them into
+    /// `into`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`]: the space has no exclusive access yet.
-    pub const fn exclusive(&self, _range: VaRange) -> Result<Counts, Error> {
-        Err(Error::Unsupported)
+    /// [`Error::Busy`] if not all of them can be had, whyever; [`Error::NotThere`] if one was touched meanwhile.
+    ///
+    /// # Panics
+    /// If `into` is not as long as the range.
+    pub fn exclusive(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        let mut areas = self.areas();
+        for mapping in self.permit(range, Want::Write).map_err(|_| Error::Busy)? {
+            areas.cover(self.machine.space(), self.node, &mapping)?;
+        }
+        let mut taken = PageCount::ZERO;
+        for (part, mirror) in areas.watched(range) {
+            let leave = self.machine.leave();
+            let done = mirror.exclusive(part, Table::install_exclusive).map_err(|_| Error::Busy)?;
+            drop(leave);
+            taken = taken.plus(done.pages);
+        }
+        areas.forget_plain();
+        if taken < range.pages() {
+            return Err(Error::Busy);
+        }
+        match self.copy(&areas, range, PageCount::ZERO, &mut Buffer::Into(into)) {
+            Ok(pages) if pages == range.pages() => Ok(Counts { pages, faults: 0 }),
+            Ok(_) | Err(Unreachable) => Err(Error::NotThere),
+        }
+    }
+
+    /// Whether a page of `range` is the device's alone.
+    pub fn is_exclusive(&self, range: VaRange) -> bool {
+        let areas = self.areas();
+        let has = |table: &Table, part: VaRange| {
+            table.from(part.first())[..part.pages().get()].iter().any(|view| view.is_exclusive())
+        };
+        areas.watched(range).any(|(part, mirror)| mirror.look(|table| has(table, part)))
     }
 
     /// Moves every page of the device home, whoever moved it there. The device can be used again.

@@ -22,7 +22,8 @@ pub(crate) fn byte(view: PageView, kind: Kind) -> u8 {
     let permitted = if view.may_write() { WRITE } else { READ };
     match view {
         PageView::Error(_) => ERROR,
-        PageView::Absent => NONE,
+        // A page that is somebody's alone is not to be seen either.
+        PageView::Absent | PageView::Exclusive { .. } => NONE,
         PageView::Zeros => ZERO | READ,
         PageView::Ram { order: Geometry::K4, .. } => permitted,
         PageView::Ram { order: Geometry::M2, .. } => PMD | permitted,

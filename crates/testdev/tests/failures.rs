@@ -6,13 +6,15 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use uhmm_addr::PageCount;
+use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
 use uhmm_core::device::TransferError;
 use uhmm_core::frame::Slot;
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
+use uhmm_core::mirror::{MirrorTable, PageView, Patience, Retry, Terms};
+use uhmm_core::notifier::Event;
 use uhmm_core::stats::Skipped;
-use uhmm_testdev::sim_host::{Bed, Killed, Setup, page_at, pages_at};
+use uhmm_testdev::sim_host::{Bed, Killed, Setup, deliver, page_at, pages_at};
 
 /// Pages that scripts use; as many behind them are where mappings move to.
 const PAGES: usize = 48;
@@ -34,6 +36,9 @@ enum Op {
     },
     Stage(usize, usize),
     WriteBack,
+    /// A device gets pages for itself, and adds one to each that it got.
+    Exclusive(usize, usize),
+    EndLoans(usize, usize),
     Prefetch(usize, usize),
     DontNeed(usize, usize),
     Unmap(usize, usize),
@@ -51,6 +56,38 @@ enum Failure {
     Host(Stop),
     Device(TransferError),
     Other(TransferError),
+}
+
+/// The frames that a device has for itself.
+#[derive(Default)]
+struct Frames(BTreeMap<Vpn, VirtAddr>);
+
+impl MirrorTable for Frames {
+    fn invalidate(&mut self, range: VaRange, _event: Event) {
+        range.iter().for_each(|page| _ = self.0.remove(&page));
+    }
+}
+
+/// A few attempts, with events read and room made between them.
+struct Attempts<'a> {
+    bed: &'a Bed,
+    left: u32,
+}
+
+impl Patience for Attempts<'_> {
+    fn begin(&mut self) {
+        self.left = 4;
+    }
+
+    fn again(&mut self, why: Retry) -> bool {
+        match why {
+            Retry::Pending => deliver(&self.bed.mm),
+            Retry::Starved => self.bed.mm.grant(PageCount::new(64)),
+            Retry::Changed | Retry::InFlight => {}
+        }
+        self.left = self.left.saturating_sub(1);
+        self.left > 0
+    }
 }
 
 /// What the n-th page holds, as far as the program knows. Pages that are not in the map are zeros.
@@ -145,6 +182,11 @@ impl Script {
                 let all = sent.moved.get() + sent.raced.get() + sent.full.get() + sent.failed.get();
                 assert_eq!(all, slots.len(), "{sent:?}");
             }
+            Op::Exclusive(n, pages) => self.work_alone(n, pages),
+            Op::EndLoans(n, pages) => {
+                let (range, most) = (pages_at(n, pages), PageCount::new(pages / 2 + 1));
+                let _ = bed.mm.end_loans(range, Select::All, most, |slot| self.staged.push(slot));
+            }
             Op::Prefetch(n, pages) => {
                 let _ = bed.program.prefetch(pages_at(n, pages));
             }
@@ -176,6 +218,33 @@ impl Script {
             Op::Trim => {
                 let _ = bed.pagemap.trim(8);
             }
+        }
+    }
+
+    fn work_alone(&mut self, n: usize, pages: usize) {
+        let (bed, range) = (&self.bed, pages_at(n, pages));
+        let mirror = bed.mm.mirror(range, Frames::default());
+        let terms = Terms { since: bed.mm.epoch(), by: None };
+        let (room, patience) = (&mut [PageView::Absent; 5], &mut Attempts { bed, left: 0 });
+        let done = bed.program.with_scratch(|scratch| {
+            mirror.exclusive(range, &terms, room, scratch, patience, |frames, pages| {
+                frames.0.extend(pages.iter().filter_map(|(page, view)| match view {
+                    PageView::Exclusive { at } => Some((page, at)),
+                    _ => None,
+                }));
+            })
+        });
+        let values = &mut self.model.values;
+        let worked = mirror.look(|frames| {
+            for (page, at) in &frames.0 {
+                bed.host().store_frame(*at, bed.host().load_frame(*at) + 1);
+                *values.entry(page.since(page_at(0)).get()).or_insert(0) += 1;
+            }
+            frames.0.len()
+        });
+        if let Ok(done) = done {
+            assert_eq!(done.pages.get(), worked);
+            assert_eq!(worked + done.skipped.total() as usize, pages, "{done:?}");
         }
     }
 
@@ -274,6 +343,20 @@ fn script() -> Vec<Op> {
         Op::Return(24, 12),
         Op::Stage(0, 8),
         Op::Evict { home: true },
+        Op::Migrate(0, 12),
+        Op::Exclusive(0, 20),
+        Op::Store(3, 33),
+        Op::Load(4),
+        Op::Exclusive(2, 8),
+        Op::Migrate(0, 24),
+        Op::DontNeed(6, 2),
+        Op::Remap(8, 2),
+        Op::EndLoans(0, 12),
+        Op::Load(2),
+        Op::WriteBack,
+        Op::Prefetch(10, 4),
+        Op::Exclusive(0, 12),
+        Op::Unmap(0, 1),
     ]);
     ops
 }
@@ -331,6 +414,8 @@ fn any_op() -> impl Strategy<Value = Op> {
         2 => span.clone().prop_map(|(n, pages)| Op::Holes(n, pages)),
         4 => span.clone().prop_map(|(n, pages)| Op::Stage(n, pages)),
         3 => Just(Op::WriteBack),
+        4 => span.clone().prop_map(|(n, pages)| Op::Exclusive(n, pages)),
+        1 => span.clone().prop_map(|(n, pages)| Op::EndLoans(n, pages)),
         2 => span.clone().prop_map(|(n, pages)| Op::Prefetch(n, pages)),
         2 => span.clone().prop_map(|(n, pages)| Op::DontNeed(n, pages)),
         1 => span.clone().prop_map(|(n, pages)| Op::Unmap(n, pages)),

@@ -6,6 +6,8 @@
 //! Chance  a page that is touched while it is staged is taken back for the price of a move and marked; the
 //!         clock passes a marked page once. There is no accessed bit to be had from user space for
 //!         anonymous memory on kernels of today; staging is what tells hot pages from cold ones.
+//! Lent    pages that a device has for itself have their turn like others; the device is told, and asks again if it
+//!         needs them. Were they spared, little else would be left to choose from.
 //! Budget  counted is what the gauge counts; faults may take as many pages from the system as are left (the
 //!         allowance of [`Mm`](uhmm_core::mm::Mm)), and a fault beyond that waits until the governor has made
 //!         room. That is back-pressure: a handler cannot starve the evictor.
@@ -98,12 +100,20 @@ impl Reclaimer {
                 self.hand = Vpn::new(0);
                 continue;
             };
-            let window = range.take(SCAN_PAGES);
+            // Pages that are lent to devices have their turns among the others, so that the hand takes small steps.
+            let lends = self.managed.mm().has_lent();
+            let window = range.take(if lends { STAGE_BATCH } else { SCAN_PAGES });
             let scanner = self.managed.mm().host().scanner();
             let Ok(scanned) = scanner.present(window, &mut self.regions[..]) else {
                 self.hand = window.end_page();
                 continue;
             };
+            if lends {
+                let (select, queue) = (Select::Cold { lap: self.lap }, &mut self.staged);
+                let most = want.minus(staged);
+                let ended = self.managed.mm().end_loans(window, select, most, |slot| queue.push_back(slot));
+                staged = staged.plus(ended);
+            }
             let mut hand = scanned.walk_end.page().max(window.first().forward(PageCount::ONE));
             for n in 0..scanned.regions {
                 let present = self.regions[n].range;

@@ -6,7 +6,7 @@
 //! | Resident     | fill; if tracked: fetch the copy  | lift            |
 //! | Device       | fetch                             | wake            |
 //! | Coherent     | fetch                             | wake            |
-//! | Exclusive    | fetch                             | wake            |
+//! | Exclusive    | take back                         | wake            |
 //! | Staged       | take back                         | wake            |
 //! | Moving       | wait (ours, moving out: fill)     | wait            |
 //! | Poisoned     | poison                            | poison          |
@@ -65,8 +65,8 @@ pub const fn decide(access: Access, word: PageWord, ours: bool) -> Action {
         State::Resident if word.is_tracked() => Action::Fetch,
         State::Resident => Action::Fill,
         _ if !absent => Action::Wake,
-        State::Staged => Action::TakeBack,
-        State::Device | State::Coherent | State::Exclusive => Action::Fetch,
+        State::Staged | State::Exclusive => Action::TakeBack,
+        State::Device | State::Coherent => Action::Fetch,
     }
 }
 
@@ -90,6 +90,7 @@ mod tests {
             (PageWord::device(pfn), Action::Fetch, Action::Wake),
             (PageWord::staged(slot), Action::TakeBack, Action::Wake),
             (PageWord::staged(slot).with_writing(true), Action::TakeBack, Action::Wake),
+            (PageWord::exclusive(slot), Action::TakeBack, Action::Wake),
             (PageWord::moving_in(pfn), Action::Wait, Action::Wait),
             (PageWord::moving_out(slot), Action::Wait, Action::Wait),
             (PageWord::moving_out(slot).with_discarded(), Action::Wait, Action::Wait),

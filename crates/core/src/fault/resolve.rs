@@ -95,7 +95,7 @@ impl<H: Host> Mm<H> {
         }
     }
 
-    /// Brings home the pages of `range` that are on a device, window by window, ahead of any fault. Returns
+    /// Brings home the pages of `range` that are on a device or lent to one, window by window, ahead of any fault. Returns
     /// how many came; stops early when frames run out or events are pending.
     pub fn prefetch(&self, range: VaRange, scratch: &mut Scratch) -> PageCount {
         let mut home = PageCount::ZERO;
@@ -104,7 +104,7 @@ impl<H: Host> Mm<H> {
             let page = part.first();
             let word = self.table.entry(page).load();
             let mut step = PageCount::ONE;
-            if word.state() == State::Device || word.state() == State::Staged {
+            if matches!(word.state(), State::Device | State::Staged | State::Exclusive) {
                 let room = PageCount::new(CHUNK_PAGES - page.in_chunk());
                 let most = part.pages().at_most(room).at_most(MAX_WINDOW);
                 let done = if word.state() == State::Device {

@@ -1,6 +1,7 @@
-//! A staged page that was touched again: it moves back from its slot in the arena, and the device is not asked.
+//! A staged page that was touched again, or one that was lent to a device: it moves back from its slot in the arena.
 //!
-//! Locks: the layout lock for reading, from the claim to the end of it.
+//! Locks: the layout lock for reading, from the claim to the end of it. Inside it the mirrors', where the page was
+//! lent: the device has its hands off the frame before anything happens to that.
 
 use core::ptr::NonNull;
 
@@ -10,7 +11,8 @@ use super::decide::Access;
 use super::resolve::{Resolution, Step};
 use crate::host::{Host, Install, Stop};
 use crate::mm::Mm;
-use crate::pagetable::PageWord;
+use crate::notifier::Event;
+use crate::pagetable::{PageWord, State};
 use crate::stats::Counter;
 
 impl<H: Host> Mm<H> {
@@ -22,6 +24,7 @@ impl<H: Host> Mm<H> {
             return Step::Again;
         }
         let range = VaRange::page(page);
+        let _told = (word.state() == State::Exclusive).then(|| self.tell(range, Event::Exclusive));
         let (arena, index) = self.arena_of(slot);
         let source = NonNull::new(arena.address(index).get() as *mut u8).expect("slots have addresses");
         let copy = arena.copy_of(index);
@@ -90,7 +93,7 @@ impl<H: Host> Mm<H> {
         Step::Done(Resolution::Resolved(PageCount::ONE))
     }
 
-    /// Takes a staged page back outside of a fault. `None` if the word had changed.
+    /// Takes a staged or lent page back outside of a fault. `None` if the word had changed.
     pub(crate) fn take_back_now(&self, page: Vpn, word: PageWord) -> Option<Resolution> {
         match self.take_back(page, word, Access::Write) {
             Step::Done(resolution) => Some(resolution),

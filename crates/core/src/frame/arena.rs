@@ -28,6 +28,10 @@ impl Slot {
     }
 }
 
+/// Who has a frame on loan: a mirror's number, unlike that of any other mirror of its space.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Holder(pub(crate) u64);
+
 /// What is known about a slot while somebody owns it. All zero is a free slot.
 #[derive(Debug, Default)]
 struct Descriptor {
@@ -37,6 +41,8 @@ struct Descriptor {
     page: AtomicU64,
     /// 1 + the pfn of a device page with the same contents; 0 for none.
     copy: AtomicU64,
+    /// Who has the frame on loan, if the word says that somebody has.
+    holder: AtomicU64,
 }
 
 struct Pool {
@@ -210,6 +216,16 @@ impl Arena {
     /// The page whose contents an owned slot holds.
     pub(crate) fn page_of(&self, slot: Slot) -> Vpn {
         Vpn::new(self.descriptor(slot).page.load(Ordering::Relaxed) as usize)
+    }
+
+    /// Notes who gets the frame of an owned slot on loan.
+    pub(crate) fn lend(&self, slot: Slot, holder: Holder) {
+        self.descriptor(slot).holder.store(holder.0, Ordering::Relaxed);
+    }
+
+    /// Who has the frame of a slot on loan, of which a page word said that somebody has.
+    pub(crate) fn holder_of(&self, slot: Slot) -> Holder {
+        Holder(self.descriptor(slot).holder.load(Ordering::Relaxed))
     }
 
     /// The page moved to another address (`mremap`).

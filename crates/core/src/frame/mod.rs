@@ -7,6 +7,7 @@
 //!         slot: frames change places, and neither allocates.
 //! Owns    a run owns its slots until it is dropped (they go back to the pool) or dissolved into page words
 //!         (`Run::dissolve`), which own their slot from then on (`Arena::adopt` makes a run of it again).
+//! Lent    a slot's descriptor notes who has the frame for itself, if the word that owns the slot says that somebody has.
 //! Counts  a slot's descriptor has count 0 in the pool and 1 with an owner (rule R3). Zero memory is a
 //!         valid, free descriptor.
 //! Clean   frames in the pool hold old contents. They are used for pages of the same space only, and each
@@ -21,5 +22,6 @@ mod run;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub(crate) use arena::Holder;
 pub use arena::{Arena, Slot};
 pub use run::{Empty, Framed, Run, RunState};

@@ -57,7 +57,7 @@ impl<H: Host> Mm<H> {
         let pfn = match (word.state(), word.pfn()) {
             (State::Device | State::Coherent, Some(pfn)) => pfn,
             (State::Poisoned, _) => return Err(Skip::Failed),
-            (State::Exclusive | State::Moving, _) => return Err(Skip::Elsewhere),
+            (State::Moving, _) => return Err(Skip::Elsewhere),
             _ => return Err(Skip::Raced),
         };
         let map = self.pagemaps.of(pfn);

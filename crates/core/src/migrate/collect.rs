@@ -7,7 +7,7 @@ use uhmm_addr::{PageCount, VaRange, Vpn};
 use crate::frame::{Empty, Framed, Run};
 use crate::host::Host;
 use crate::mm::{Epoch, Mm};
-use crate::notifier::Owner;
+use crate::notifier::{Event, Owner};
 use crate::pagetable::{Kind, PageWord, State};
 use crate::stats::{Skip, Skipped};
 use crate::sync::ReadGuard;
@@ -47,7 +47,8 @@ pub struct Collected<'m, H: Host> {
     pub(super) range: VaRange,
     pub(super) run: Option<Run<'m, Empty, H>>,
     pub(super) layout: Option<ReadGuard<'m, H>>,
-    /// Whose doing the migration is.
+    /// What is told before the pages go, and whose doing it is.
+    pub(super) event: Event,
     pub(super) by: Option<Owner>,
     /// Whether a page of zeros is copied where it cannot be moved: it is worth no copy to who only makes room.
     pub(super) zeros: bool,
@@ -114,6 +115,7 @@ impl<H: Host> Mm<H> {
             range: claimed_range,
             run,
             layout: Some(layout),
+            event: Event::Migrate,
             by: None,
             zeros: false,
             runs,
@@ -137,6 +139,7 @@ impl<H: Host> Mm<H> {
             _ if word.is_pinned() => Skip::Pinned,
             _ if word.is_discarded() => Skip::Discarded,
             State::Poisoned => Skip::Failed,
+            State::Exclusive => Skip::Exclusive,
             _ => Skip::Elsewhere,
         })
     }
@@ -169,6 +172,12 @@ impl<H: Host> Collected<'_, H> {
     /// The same, and pages of zeros are copied where they cannot be moved, as `copy` says.
     pub fn zeros(mut self, copy: bool) -> Self {
         self.zeros = copy;
+        self
+    }
+
+    /// The same, told as what it is for: to be lent ([`Isolated::lend`](super::Isolated::lend)).
+    pub(super) fn for_loan(mut self) -> Self {
+        self.event = Event::Exclusive;
         self
     }
 }

@@ -40,7 +40,7 @@ impl<'m, H: Host> Collected<'m, H> {
     /// Takes the pages out. Those that cannot be are given back and counted; `None` if that is all.
     pub fn isolate(mut self, skipped: &mut Skipped) -> Option<Isolated<'m, H>> {
         let mm = self.mm;
-        let _told = mm.tell_migration(self.range, self.by);
+        let _told = mm.tell_by(self.range, self.event, self.by);
         let mut isolated = Isolated { mm, runs: core::mem::take(&mut self.runs) };
         let mut rest = self.run.take().map(|run| (self.range, run));
         let mut busy = 0;

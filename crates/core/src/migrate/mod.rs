@@ -18,7 +18,8 @@
 //! Staging [`Isolated::stage`] ends half way on purpose: the page stays in its slot, a touch takes it back
 //!         for the price of a move, and [`Mm::write_back`] sends it on later.
 //! Others  [`Mm::migrate_from`] selects by owner, as the kernel does ([`Sources`]): `holes` get pages without a
-//!         copy, pages on one device go to another in `between`; `evict` empties a device. What the kernel does
+//!         copy, pages on one device go to another in `between`; `evict` empties a device; `lend` gives pages in RAM
+//!         to a device alone. What the kernel does
 //!         beside each, and the tests, are in `docs/migration.md`.
 //! Locks   the layout lock for reading from collect to the end of isolate, and in commit; none during copy.
 //! Fails   page by page, with a reason ([`Skip`]); partial success is normal.
@@ -66,6 +67,7 @@ mod evict;
 mod holes;
 mod huge;
 mod isolate;
+mod lend;
 mod staged;
 
 use alloc::sync::Arc;

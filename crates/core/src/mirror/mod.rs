@@ -1,7 +1,8 @@
 //! Mirrors: a device's copy of part of the page table, that cannot be out of date (rule R5).
 //!
 //! What    [`Mirror`], a driver's table with the pages that it is about: [`Mirror::populate`] fills it and tries again
-//!         until what is installed is true. [`Mm::range_fault`] says what pages are, and brings them there.
+//!         until what is installed is true; [`Mirror::exclusive`] makes pages its device's alone. [`Mm::range_fault`]
+//!         says what pages are, and brings them there.
 //! Why     the kernel's driver calls `mmu_interval_read_begin`, `hmm_range_fault`, his lock, `mmu_interval_read_retry`
 //!         in this order, by convention. Here the table is inside, and there is no way to it past the check.
 //! Owns    the table; [`Mirror::into_table`] gives it back. A mirror borrows its address space.
@@ -59,6 +60,7 @@
 //! }
 //! ```
 
+mod exclusive;
 mod gone;
 #[cfg(all(test, loom))]
 mod loom;
@@ -72,6 +74,7 @@ use core::fmt;
 
 use uhmm_addr::{PageCount, VaRange};
 
+pub use exclusive::{Exclusive, Terms};
 pub use request::{Patience, RangeFaultError, Request, Retry, Want};
 pub use userptr::{Changed, UserPages};
 pub use view::{PageView, Pages, Unusable};

@@ -212,7 +212,13 @@ impl<H: Host> Mm<H> {
     // --- looking -------------------------------------------------------------------------------------------
 
     /// What the pages of `part` are. `false` if it may be over: a change is under way.
-    fn look(&self, part: VaRange, gone: &Gone, request: &Request<'_>, views: &mut [PageView]) -> bool {
+    pub(super) fn look(
+        &self,
+        part: VaRange,
+        gone: &Gone,
+        request: &Request<'_>,
+        views: &mut [PageView],
+    ) -> bool {
         let (mut settled, mut huge) = (true, false);
         let mut found = [NO_RIGHTS; FOUND];
         let mut rest = Some(part);
@@ -287,7 +293,13 @@ impl<H: Host> Mm<H> {
                         }
                         _ => PageView::Absent,
                     },
-                    State::Coherent | State::Exclusive | State::Staged | State::Moving => PageView::Absent,
+                    State::Exclusive => match word.slot() {
+                        Some(slot) if rights.write && request.is_held(self.holder_of(slot)) => {
+                            PageView::Exclusive { at: self.slot_address(slot) }
+                        }
+                        _ => PageView::Absent,
+                    },
+                    State::Coherent | State::Staged | State::Moving => PageView::Absent,
                 };
             }
         }
@@ -349,7 +361,7 @@ impl<H: Host> Mm<H> {
     ) -> Result<Retry, RangeFaultError> {
         let away = |page: Vpn| {
             let state = self.table.entry(page).load().state();
-            matches!(state, State::Device | State::Staged)
+            matches!(state, State::Device | State::Staged | State::Exclusive)
         };
         // Many pages at a time first, and by themselves what that left: it does not say why.
         if attempt == 0 && range.iter().any(away) {

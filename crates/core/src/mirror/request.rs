@@ -10,6 +10,7 @@ use alloc::sync::Arc;
 
 use uhmm_addr::{VaRange, VirtAddr};
 
+use crate::frame::Holder;
 use crate::pagemap::Pagemap;
 
 /// What a page must be afterwards.
@@ -32,11 +33,13 @@ pub struct Request<'a> {
     mask: Want,
     wants: &'a [Want],
     own: Option<&'a Arc<Pagemap>>,
+    holder: Option<Holder>,
 }
 
 impl<'a> Request<'a> {
     /// The pages as they are: never faults, never waits for a page.
-    pub const SNAPSHOT: Self = Self { default: Want::Nothing, mask: Want::Nothing, wants: &[], own: None };
+    pub const SNAPSHOT: Self =
+        Self { default: Want::Nothing, mask: Want::Nothing, wants: &[], own: None, holder: None };
 
     /// Every page like this.
     pub const fn all(default: Want) -> Self {
@@ -54,6 +57,16 @@ impl<'a> Request<'a> {
     #[must_use]
     pub const fn owning(self, own: &'a Arc<Pagemap>) -> Self {
         Self { own: Some(own), ..self }
+    }
+
+    /// The same for the mirror that has this number: pages that are lent to it are reported where they are.
+    pub(super) const fn holding(self, holder: Holder) -> Self {
+        Self { holder: Some(holder), ..self }
+    }
+
+    /// Whether what is lent to `holder` is lent to the caller.
+    pub(super) fn is_held(&self, holder: Holder) -> bool {
+        self.holder == Some(holder)
     }
 
     /// What is wanted of page number `n`.
@@ -108,6 +121,12 @@ pub trait Patience {
 
     /// Whether to try the batch once more, and for this reason; may wait a moment before it answers.
     fn again(&mut self, why: Retry) -> bool;
+
+    /// Does `work`, in which the calling thread takes pages out of the program's address space. Where fault handlers
+    /// have to know such threads (see [`decide`](crate::fault::decide)), they are told around it.
+    fn moving(&mut self, work: &mut dyn FnMut()) {
+        work();
+    }
 }
 
 /// Why pages are not as was asked. Pages that were brought home meanwhile stay there.

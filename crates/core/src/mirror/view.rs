@@ -5,7 +5,7 @@
 //!         together cannot be said.
 //! Fails   nothing here fails.
 
-use uhmm_addr::{Geometry, Pfn, VaRange, Vpn};
+use uhmm_addr::{Geometry, Pfn, VaRange, VirtAddr, Vpn};
 
 /// Why a page cannot be had, whatever is asked (the kernel's `HMM_PFN_ERROR`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,6 +40,13 @@ pub enum PageView {
         /// The mapping may be written.
         write: bool,
     },
+    /// The caller's alone, which nobody else can touch without its being told
+    /// ([`Mirror::exclusive`](super::Mirror::exclusive)).
+    Exclusive {
+        /// Where its frame lies: memory of this process, good for loads, stores and atomic operations with the
+        /// mirror's lock held.
+        at: VirtAddr,
+    },
     /// Never to be had.
     Error(Unusable),
 }
@@ -47,12 +54,20 @@ pub enum PageView {
 impl PageView {
     /// Whether the page can be read where it is (`HMM_PFN_VALID`).
     pub const fn is_valid(self) -> bool {
-        matches!(self, Self::Ram { .. } | Self::Zeros | Self::Device { .. })
+        matches!(self, Self::Ram { .. } | Self::Zeros | Self::Device { .. } | Self::Exclusive { .. })
     }
 
     /// Whether it can be written where it is (`HMM_PFN_WRITE`).
     pub const fn may_write(self) -> bool {
-        matches!(self, Self::Ram { write: true, .. } | Self::Device { write: true, .. })
+        matches!(
+            self,
+            Self::Ram { write: true, .. } | Self::Device { write: true, .. } | Self::Exclusive { .. }
+        )
+    }
+
+    /// Whether it is the caller's alone.
+    pub const fn is_exclusive(self) -> bool {
+        matches!(self, Self::Exclusive { .. })
     }
 
     /// The size of the mapping that the page is part of.

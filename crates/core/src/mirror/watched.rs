@@ -18,6 +18,7 @@ use uhmm_addr::VaRange;
 
 use super::MirrorTable;
 use super::gone::Gone;
+use crate::frame::Holder;
 use crate::notifier::{Change, Event, Mark, Notifiers, Subscriber, Subscription, Ticket, WouldBlock};
 use crate::sync::Park;
 use crate::sync::locked::{Held, Locked};
@@ -68,6 +69,11 @@ impl<'n, P: Park, T: MirrorTable> Watched<'n, P, T> {
 impl<'n, P: Park, T> Watched<'n, P, T> {
     pub(super) const fn range(&self) -> VaRange {
         self.subscription.range()
+    }
+
+    /// Who has what is lent to this one.
+    pub(super) const fn holder(&self) -> Holder {
+        Holder(self.subscription.number())
     }
 
     /// Waits until no change of the pages is under way, and begins to collect.

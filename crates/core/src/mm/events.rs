@@ -106,6 +106,13 @@ impl<H: Host> Mm<H> {
                         (None, None) => PageWord::EMPTY,
                     },
                 };
+                let word = match (word.state(), word.slot()) {
+                    // Whoever had it was told of the old address only.
+                    (State::Exclusive, Some(slot)) => {
+                        PageWord::staged(slot).with_pinned(word.is_pinned()).heated_like(word)
+                    }
+                    _ => word,
+                };
                 if let (State::Staged, Some(slot)) = (word.state(), word.slot()) {
                     let (arena, slot) = self.arena_of(slot);
                     arena.renote(slot, target);
@@ -169,7 +176,8 @@ impl<H: Host> Mm<H> {
         let word = self.table.entry(page).load();
         let pinned = word.is_pinned();
         let child = match (word.state(), word.kind()) {
-            (State::Staged, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
+            // Of what is lent, the device was told to forget it (`Mm::forked`) under the same hold of the lock.
+            (State::Staged | State::Exclusive, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
                 let slot = self.slot_address(word.slot().expect("these words name their slot"));
                 // A page that is being copied out may not be there yet: the child has it where it was, then. To
                 // read an empty slot would be a fault for whoever holds the layout lock.

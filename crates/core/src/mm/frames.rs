@@ -10,7 +10,7 @@
 use uhmm_addr::{Geometry, PageCount, VaRange, VirtAddr, Vpn};
 
 use super::Mm;
-use crate::frame::{Arena, Slot};
+use crate::frame::{Arena, Holder, Slot};
 use crate::host::Host;
 use crate::pagetable::{PageWord, State};
 
@@ -35,6 +35,12 @@ impl<H: Host> Mm<H> {
     pub fn slot_address(&self, slot: Slot) -> VirtAddr {
         let (arena, slot) = self.arena_of(slot);
         arena.address(slot)
+    }
+
+    /// Who has the frame of the slot that a page word names as lent.
+    pub(crate) fn holder_of(&self, slot: Slot) -> Holder {
+        let (arena, slot) = self.arena_of(slot);
+        arena.holder_of(slot)
     }
 
     /// Lets up to `most` free frames of the arena go back to the system. Returns how many went.
@@ -65,8 +71,9 @@ impl<H: Host> Mm<H> {
         if let Some(pfn) = word.pfn() {
             self.pagemaps.of(pfn).put(pfn);
         }
-        if word.state() == State::Staged && !word.is_writing() {
-            let slot = word.slot().expect("a staged word names its slot");
+        if let (State::Staged | State::Exclusive, Some(slot)) = (word.state(), word.slot())
+            && !word.is_writing()
+        {
             self.free_slot(slot);
         }
     }

@@ -78,6 +78,8 @@ pub struct Mm<H: Host> {
     age: AtomicU32,
     /// The device is full: fresh memory has to wait, pages that come home have not.
     growth_stopped: AtomicBool,
+    // Some page was lent to a device, once.
+    pub(crate) lends: AtomicBool,
     closed: AtomicBool,
 }
 
@@ -149,6 +151,7 @@ impl<H: Host> Mm<H> {
             epoch: AtomicUsize::new(0),
             age: AtomicU32::new(0),
             growth_stopped: AtomicBool::new(false),
+            lends: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
     }
@@ -233,7 +236,17 @@ impl<H: Host> Mm<H> {
     /// As [`Mm::tell`], of a migration that is the doing of `owner`, if it is somebody's: a subscriber of that
     /// owner may pass over it.
     pub(crate) fn tell_migration(&self, range: VaRange, owner: Option<Owner>) -> Option<Invalidation<'_, H>> {
-        self.tell_change(&Change { owner, ..Change::new(range, Event::Migrate) })
+        self.tell_by(range, Event::Migrate, owner)
+    }
+
+    /// As [`Mm::tell`], of what is the doing of `owner`, if it is somebody's.
+    pub(crate) fn tell_by(
+        &self,
+        range: VaRange,
+        event: Event,
+        owner: Option<Owner>,
+    ) -> Option<Invalidation<'_, H>> {
+        self.tell_change(&Change { owner, ..Change::new(range, event) })
     }
 
     fn tell_change(&self, change: &Change) -> Option<Invalidation<'_, H>> {

@@ -357,6 +357,11 @@ impl<P: Park + ?Sized> Subscription<'_, P> {
         self.range
     }
 
+    /// Its number; no other subscription of the same space ever has it.
+    pub(crate) const fn number(&self) -> u64 {
+        self.id
+    }
+
     /// Waits until no change of these pages is under way, and begins to collect. Holds no lock afterwards.
     pub fn read_begin(&self) -> Ticket<'_> {
         let sequence = self.entry.sequence.load(Ordering::Acquire);

@@ -32,6 +32,7 @@ fn words_say_what_they_were_made_of() {
         (PageWord::device(pfn), State::Device, None, Some(pfn), None),
         (PageWord::tracked(pfn), State::Resident, None, Some(pfn), None),
         (PageWord::staged(slot), State::Staged, None, None, Some(slot)),
+        (PageWord::exclusive(slot), State::Exclusive, None, None, Some(slot)),
         (PageWord::moving_in(pfn), State::Moving, Some(Kind::In), Some(pfn), None),
         (PageWord::moving_back(slot), State::Moving, Some(Kind::Back), None, Some(slot)),
         (PageWord::moving_out(slot), State::Moving, Some(Kind::Out), None, Some(slot)),

@@ -29,7 +29,7 @@ pub enum State {
     Device = 2,
     /// On a coherent device, mapped in place. Payload: its pfn.
     Coherent = 3,
-    /// Lent to a device exclusively; a CPU access revokes it. Payload: its pfn.
+    /// Lent to a device, which alone may touch it, in an arena slot; a CPU access takes it back. Payload: the slot.
     Exclusive = 4,
     /// In an arena slot on its way out; a touch takes it back. Payload: the slot.
     Staged = 5,
@@ -114,6 +114,11 @@ impl PageWord {
         Self::of(State::Staged, slot.get() as u64)
     }
 
+    /// In arena slot `slot`, lent to a device.
+    pub const fn exclusive(slot: Slot) -> Self {
+        Self::of(State::Exclusive, slot.get() as u64)
+    }
+
     /// On its way from the device page `pfn`.
     pub const fn moving_in(pfn: Pfn) -> Self {
         Self(Self::of(State::Moving, pfn.get()).0 | (Kind::In as u64) << KIND_SHIFT)
@@ -167,7 +172,7 @@ impl PageWord {
     /// The device page that holds (or also holds) the contents.
     pub const fn pfn(self) -> Option<Pfn> {
         match (self.state(), self.kind()) {
-            (State::Device | State::Coherent | State::Exclusive, _) | (State::Moving, Some(Kind::In)) => {
+            (State::Device | State::Coherent, _) | (State::Moving, Some(Kind::In)) => {
                 Some(Pfn::new(self.payload()))
             }
             (State::Resident, _) if self.is_tracked() => Some(Pfn::new(self.payload())),
@@ -178,7 +183,7 @@ impl PageWord {
     /// The arena slot that holds, or is to hold, the contents.
     pub const fn slot(self) -> Option<Slot> {
         match (self.state(), self.kind()) {
-            (State::Staged, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
+            (State::Staged | State::Exclusive, _) | (State::Moving, Some(Kind::Back | Kind::Out)) => {
                 Some(Slot::new(self.payload() as u32))
             }
             _ => None,
@@ -187,7 +192,7 @@ impl PageWord {
 
     /// Whether the page is on a device, and nowhere else.
     pub const fn is_on_device(self) -> bool {
-        matches!(self.state(), State::Device | State::Coherent | State::Exclusive)
+        matches!(self.state(), State::Device | State::Coherent)
     }
 
     /// Somebody waits for the end of the move and must be woken.

@@ -126,6 +126,30 @@ impl SimHost {
         *self.after_copy_out.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
     }
 
+    // --- what a device does with frames that are its own ------------------------------------------------
+
+    /// The value of the frame at `slot`.
+    ///
+    /// # Panics
+    /// If there is no frame, or if it is torn.
+    pub fn load_frame(&self, slot: VirtAddr) -> u64 {
+        let state = self.lock();
+        let index = self.arena.index(slot);
+        assert!(state.framed.contains(&index), "{slot} has no frame");
+        value_of(&self.arena.read(index))
+    }
+
+    /// Makes the frame at `slot` say `value`.
+    ///
+    /// # Panics
+    /// If there is no frame.
+    pub fn store_frame(&self, slot: VirtAddr, value: u64) {
+        let state = self.lock();
+        let index = self.arena.index(slot);
+        assert!(state.framed.contains(&index), "{slot} has no frame");
+        self.arena.write(index, &page_of(value));
+    }
+
     // --- what the program does --------------------------------------------------------------------------
 
     /// Maps `range`, which becomes a mapping of its own even beside another one.

@@ -1,7 +1,8 @@
 //! Mirrors of a space: a device's own page table, kept true.
 //!
 //! What    [`Space::mirror`] makes a [`Mirror`] of managed pages: core's, with a deadline and the memory that it works
-//!         with. [`Space::protect`] changes a protection so that mirrors hear of it.
+//!         with. [`Space::protect`] changes a protection so that mirrors hear of it. [`Mirror::exclusive`] has pages for
+//!         the device alone.
 //! Owns    the table; the space is borrowed, and outlives the mirror.
 //! Locks   `work`, by one thread that populates at a time; no fault handler and no callback takes it. Signals are
 //!         blocked as long as the mirror's own lock may be held: a signal handler that touched a page would wait for
@@ -51,7 +52,7 @@ use std::time::Duration;
 use rustix::mm::MprotectFlags;
 use uhmm_addr::{CHUNK_PAGES, VaRange};
 use uhmm_core::fault::Scratch;
-use uhmm_core::mirror::{self as core, Patience};
+use uhmm_core::mirror::{self as core, Patience, Terms};
 use uhmm_core::notifier::{Change, Event};
 use uhmm_core::pagemap::Pagemap;
 use uhmm_sys::clock::now;
@@ -60,7 +61,9 @@ use uhmm_sys::host::LinuxHost;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::signals::Blocked;
 
-pub use uhmm_core::mirror::{MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Unusable, Want};
+pub use uhmm_core::mirror::{
+    Exclusive, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Unusable, Want,
+};
 
 use super::Space;
 use crate::managed::Managed;
@@ -254,6 +257,77 @@ impl<T> Mirror<'_, T> {
         })
     }
 
+    /// Makes the pages of `range` the device's alone, and has `install` put them into the table with the addresses of
+    /// their frames ([`PageView::Exclusive`]), a chunk at a time at most. A touch of such a page, by any thread or the
+    /// kernel, tells the table to forget it and brings it home with what the device wrote; see
+    /// [`Mirror::exclusive`](uhmm_core::mirror::Mirror::exclusive).
+    ///
+    /// The device touches frames in `install`, or in [`Mirror::look`], and nowhere else. `install` has the duties that it
+    /// has with [`Mirror::populate`]. Pages that could not be had are told as they are, and counted.
+    ///
+    /// ```
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    /// use uhmm::mirror::{MirrorTable, PageView};
+    /// use uhmm::notifier::Event;
+    /// use uhmm::{Space, VaRange, VirtAddr};
+    ///
+    /// /// The frame of the one page that the device counts in.
+    /// struct Counter(Option<VirtAddr>);
+    ///
+    /// impl MirrorTable for Counter {
+    ///     fn invalidate(&mut self, _range: VaRange, _event: Event) {
+    ///         self.0 = None;
+    ///     }
+    /// }
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # if uhmm::Space::builder().build().is_err() { return Ok(()) } // no userfaultfd for this user
+    /// let space = Space::builder().build()?;
+    /// let mut numbers = space.map::<u64>(512)?;
+    /// numbers[0] = 41;
+    /// let mirror = space.mirror(numbers.range(), Counter(None))?;
+    /// let done = mirror.exclusive(numbers.range(), |counter, pages| {
+    ///     counter.0 = pages.views().iter().find_map(|view| match view {
+    ///         PageView::Exclusive { at } => Some(*at),
+    ///         _ => None,
+    ///     });
+    /// })?;
+    /// assert_eq!(done.pages.get(), 1);
+    /// mirror.look(|counter| {
+    ///     let frame = std::ptr::with_exposed_provenance_mut(counter.0.unwrap().get());
+    ///     // SAFETY: the frame is the device's alone as long as the table says so, which it does until `look` ends.
+    ///     unsafe { AtomicU64::from_ptr(frame) }.fetch_add(1, Ordering::Relaxed);
+    /// });
+    /// assert_eq!(numbers[0], 42);                          // the touch brings the page home
+    /// assert!(mirror.look(|counter| counter.0.is_none()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// See [`RangeFaultError`]; the mappings must permit writing. Batches before the one that failed are installed.
+    pub fn exclusive(
+        &self,
+        range: VaRange,
+        install: impl FnMut(&mut T, Pages<'_>),
+    ) -> Result<Exclusive, RangeFaultError>
+    where
+        T: MirrorTable,
+    {
+        let managed = &*self.space.inner.managed;
+        let since = match managed.range_from(range.first()) {
+            Some((known, since)) if known.encloses(range) => since,
+            // An adoption may come to its end while a mirror is there: what comes home then is not to leave again.
+            _ => return Err(RangeFaultError::Fault(range.start())),
+        };
+        let terms = Terms { since, by: self.own.as_ref().map(|own| own.owner()) };
+        let _blocked = Blocked::all();
+        let mut work = self.work.lock();
+        let Work { scratch, views, .. } = &mut *work;
+        let mut patience = Until { managed, timeout: self.timeout, end: now() };
+        self.mirror.exclusive(range, &terms, views, scratch, &mut patience, install)
+    }
+
     /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.
     ///
     /// # Errors
@@ -304,5 +378,10 @@ impl Patience for Until<'_> {
             Retry::Starved => self.managed.wait_for_room(Duration::from_millis(1)),
         }
         true
+    }
+
+    fn moving(&mut self, work: &mut dyn FnMut()) {
+        let _lent = self.managed.lend_thread();
+        work();
     }
 }

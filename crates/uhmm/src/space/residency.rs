@@ -19,6 +19,8 @@ pub struct Residency {
     pub staged: PageCount,
     /// On a device.
     pub device: PageCount,
+    /// In RAM, lent to a device, which alone may touch them: a touch of the program ends that.
+    pub exclusive: PageCount,
     /// Nowhere yet: never touched, or given up. They read as zeros.
     pub absent: PageCount,
     /// Lost by a device.
@@ -36,7 +38,8 @@ impl Managed {
                 let count = match self.mm().table().entry(page).load().state() {
                     State::Empty | State::Resident => continue,
                     State::Staged | State::Moving => &mut found.staged,
-                    State::Device | State::Coherent | State::Exclusive => &mut found.device,
+                    State::Device | State::Coherent => &mut found.device,
+                    State::Exclusive => &mut found.exclusive,
                     State::Poisoned => &mut found.poisoned,
                 };
                 add(count, 1);
