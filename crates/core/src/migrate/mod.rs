@@ -18,7 +18,8 @@
 //! Staging [`Isolated::stage`] ends half way on purpose: the page stays in its slot, a touch takes it back
 //!         for the price of a move, and [`Mm::write_back`] sends it on later.
 //! Others  [`Mm::migrate_from`] selects by owner, as the kernel does ([`Sources`]): `holes` get pages without a
-//!         copy, pages on one device go to another in `between`; `evict` empties a device. What the kernel does
+//!         copy, pages on one device go to another in `between`; `evict` empties a device; `in_place` maps the pages
+//!         of coherent devices. What the kernel does
 //!         beside each, and the tests, are in `docs/migration.md`.
 //! Locks   the layout lock for reading from collect to the end of isolate, and in commit; none during copy.
 //! Fails   page by page, with a reason ([`Skip`]); partial success is normal.
@@ -65,6 +66,7 @@ mod copy;
 mod evict;
 mod holes;
 mod huge;
+mod in_place;
 mod isolate;
 mod staged;
 
@@ -155,6 +157,9 @@ impl<H: Host> Mm<H> {
         let mut result = Migrated::default();
         for chunk in range.chunks() {
             self.migrate_present(chunk, &Job { since, to, select, by: None }, &mut result);
+            if to.memory().is_some() {
+                self.map_all_in_place(chunk, None);
+            }
         }
         self.stats.skip(&result.skipped);
         result
@@ -184,6 +189,10 @@ impl<H: Host> Mm<H> {
                 } else {
                     self.migrate_home(part_alike, since, to, sources, &mut result);
                 }
+            }
+            // Those that came to a coherent device, and those that could not leave one.
+            if to.memory().is_some() || sources.coherent.is_some() {
+                self.map_all_in_place(chunk, sources.by);
             }
         }
         self.stats.skip(&result.skipped);
