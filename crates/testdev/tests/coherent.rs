@@ -285,6 +285,49 @@ fn what_others_have_pinned_for_dma_stays_in_place() {
 }
 
 #[test]
+fn what_cannot_be_written_to_is_copied_off() {
+    let bed = placed(setup(), 12);
+    bed.host().set_read_only(pages_at(0, 8), true);
+    assert_eq!(bed.migrate_from(0, 4, &bed.pagemap, &off(&bed)).moved.get(), 4);
+    assert_eq!(bed.host().copied_out().get(), 4);
+    let long = bed.program.with_scratch(|scratch| bed.mm.pin(pages_at(4, 2), PinFor::Read, scratch)).unwrap();
+    assert!((4..6).all(|n| !bed.word(n).is_on_device() && bed.host().is_present(page_at(n))));
+    bed.mm.unpin(long);
+    // Given up between the copy and the discard: zeros, and nothing of ours in the way.
+    let mm = bed.mm.clone();
+    bed.host().after_next_copy_out(move || mm.host().announce_removal(pages_at(6, 1)));
+    let _ = recall(&bed, 6, 1);
+    bed.host().zap(pages_at(6, 1));
+    bed.mm.removal_done(pages_at(6, 1));
+    assert_eq!(bed.program.load(page_at(6)), Ok(0));
+    assert_eq!(recall(&bed, 0, 12).moved.get(), 5);
+    bed.check(0, 6);
+    bed.check(7, 5);
+    bed.check_nothing_leaked();
+}
+
+#[test]
+fn whichever_call_of_a_copy_off_fails_nothing_is_lost() {
+    for stop in [Stop::Pending, Stop::Busy, Stop::NoMemory, Stop::Refused, Stop::Errno(5)] {
+        for n in 1..12 {
+            let bed = placed(setup(), 3);
+            bed.host().set_read_only(pages_at(0, 3), true);
+            bed.host().fail_nth(n, stop);
+            let _ = recall(&bed, 0, 3);
+            bed.check(0, 3);
+            bed.host().fail_nth(0, stop);
+            bed.host().set_read_only(pages_at(0, 3), false);
+            // A protection that could not be lifted goes with the first store.
+            bed.fill(0, 3);
+            let _ = recall(&bed, 0, 3);
+            assert!(bed.other_map.live().is_zero(), "{stop:?} {n}");
+            bed.check(0, 3);
+            bed.check_nothing_leaked();
+        }
+    }
+}
+
+#[test]
 fn a_full_device_takes_what_it_can() {
     let bed = Bed::new(Setup { other: 10, ..setup() });
     bed.fill(0, 16);

@@ -5,7 +5,7 @@
 //! | Empty        | fill with zeros                   | lift            |
 //! | Resident     | fill; if tracked: fetch the copy  | lift            |
 //! | Device       | fetch                             | wake            |
-//! | Coherent     | fill                              | wake            |
+//! | Coherent     | fill                              | lift            |
 //! | Exclusive    | fetch                             | wake            |
 //! | Staged       | take back                         | wake            |
 //! | Moving       | wait (ours, moving out: fill)     | wait            |
@@ -62,7 +62,7 @@ pub const fn decide(access: Access, word: PageWord, ours: bool) -> Action {
             let moving_out = matches!(word.kind(), Some(Kind::Out));
             if absent && ours && moving_out { Action::Fill } else { Action::Wait }
         }
-        State::Empty | State::Resident if !absent => Action::Lift,
+        State::Empty | State::Resident | State::Coherent if !absent => Action::Lift,
         State::Empty => Action::Fill,
         State::Resident if word.is_tracked() => Action::Fetch,
         State::Resident => Action::Fill,
@@ -91,7 +91,7 @@ mod tests {
             (PageWord::RESIDENT, Action::Fill, Action::Lift),
             (PageWord::tracked(pfn), Action::Fetch, Action::Lift),
             (PageWord::device(pfn), Action::Fetch, Action::Wake),
-            (PageWord::coherent(pfn), Action::Fill, Action::Wake),
+            (PageWord::coherent(pfn), Action::Fill, Action::Lift),
             (PageWord::staged(slot), Action::TakeBack, Action::Wake),
             (PageWord::staged(slot).with_writing(true), Action::TakeBack, Action::Wake),
             (PageWord::moving_in(pfn), Action::Wait, Action::Wait),

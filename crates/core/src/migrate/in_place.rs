@@ -59,12 +59,83 @@ impl<H: Host> Mm<H> {
     /// Takes the page from the program, and those that follow it on the device as they do here, `most` in all: they are
     /// in the device's memory then, and absent. Pinned ones stay.
     pub(crate) fn take_off(&self, page: Vpn, most: PageCount, by: Option<Owner>) -> Progress {
-        self.exchange_frames(page, most, by, Way::TakeOff, |word| !word.is_pinned())
+        self.take_off_if(page, most, by, |word| !word.is_pinned())
     }
 
     /// As [`Mm::take_off`], of one page whose pin is the caller's.
     pub(crate) fn take_off_pinned(&self, page: Vpn) -> Progress {
-        self.exchange_frames(page, PageCount::ONE, None, Way::TakeOff, |_| true)
+        self.take_off_if(page, PageCount::ONE, None, |_| true)
+    }
+
+    fn take_off_if(
+        &self,
+        page: Vpn,
+        most: PageCount,
+        by: Option<Owner>,
+        willing: impl Fn(PageWord) -> bool,
+    ) -> Progress {
+        let progress = self.exchange_frames(page, most, by, Way::TakeOff, &willing);
+        match progress.stop {
+            // Many pages are refused together also where each could move.
+            Stop::Refused if progress.done.is_zero() && most == PageCount::ONE => {
+                self.copy_off(page, by, willing)
+            }
+            _ => progress,
+        }
+    }
+
+    /// The second way off, where frames cannot move (the mapping may not be written): the page is copied into the
+    /// device's memory behind a write protection, and then discarded, as pages that leave RAM are.
+    fn copy_off(&self, page: Vpn, by: Option<Owner>, willing: impl Fn(PageWord) -> bool) -> Progress {
+        let range = VaRange::page(page);
+        let _one_at_a_time = self.copying.write(&self.host);
+        let layout = self.layout.read(&self.host);
+        let claimed = self.claim_mapped(page, Way::TakeOff, willing);
+        let place = claimed.and_then(|pfn| {
+            let map = self.pagemaps.of(pfn);
+            map.place(PfnRange::new(pfn, PageCount::ONE)).map(|place| (pfn, map, place))
+        });
+        let Some((pfn, map, place)) = place else { return Progress::stopped(PageCount::ZERO, Stop::Refused) };
+        let _told = self.tell_migration(range, by);
+        // To read an absent page would be a fault of ours, for which our own claim would have to end.
+        let mut progress = Progress::stopped(PageCount::ZERO, Stop::Refused);
+        if self.is_present(page) {
+            progress = self.host.write_protect(range, true);
+        }
+        if progress.is_complete() {
+            // SAFETY: the page of the device's memory is the word's, which is claimed, and absent: the frame is mapped.
+            progress = unsafe { self.host.copy_out(range, place.start()) };
+        }
+        drop(layout);
+        let copied = progress.is_complete();
+        if copied {
+            // SAFETY: the page is copied, and writes were shut out from before the copy until now.
+            progress = unsafe { self.discard_own(range) };
+        }
+        let off = progress.is_complete();
+        let entry = self.table.entry(page);
+        let layout = self.layout.read(&self.host);
+        // A mapping that moved meanwhile counts on the copy.
+        if copied && !off && !entry.load().is_discarded() {
+            // SAFETY: the copy's place is ours, and nobody needs it: the page itself stays where it is.
+            unsafe { self.host.release(&[place]) };
+        }
+        if !off {
+            // Where this cannot be now, the first store asks for it again.
+            let _ = self.host.write_protect(range, false);
+        }
+        let word = if off { PageWord::device(pfn) } else { PageWord::coherent(pfn) };
+        let left = entry.leave(word.with_past_of(entry.load()));
+        drop(layout);
+        if left.discarded {
+            map.put(pfn);
+        }
+        self.after_leave(page, left.wake);
+        if off {
+            Progress::complete(PageCount::ONE)
+        } else {
+            Progress::stopped(PageCount::ZERO, progress.stop)
+        }
     }
 
     fn exchange_frames(
@@ -151,7 +222,7 @@ impl<H: Host> Mm<H> {
     /// that can be.
     pub(super) fn take_off_all(&self, range: VaRange, by: Option<Owner>, leave: impl Fn(PageWord) -> bool) {
         let mapped = &|word: PageWord| word.state() == State::Coherent && leave(word);
-        self.each(range, mapped, |page, most| self.exchange_frames(page, most, by, Way::TakeOff, mapped));
+        self.each(range, mapped, |page, most| self.take_off_if(page, most, by, mapped));
     }
 
     fn each(

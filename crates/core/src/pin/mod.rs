@@ -9,7 +9,8 @@
 //! How     a flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
 //!         the flag as long as any holder's range has the page.
 //! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
-//! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight. A
+//! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight, and the
+//!         locks under which a page is taken from where a coherent device has it mapped. A
 //!         flag is set outside of it, after its holder is on the list: who clears sees the holder or comes before it.
 //! Fails   with a [`PinError`]; then nothing is pinned, though some pages may have come home.
 
