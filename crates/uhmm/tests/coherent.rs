@@ -35,11 +35,13 @@ with_moves!(signal_move, Signal:
     migrate, migrate_multiple, migrate_mixed, migrate_release, migrate_holes, longterm_pins, pages_by_number,
     a_device_that_fills_up, what_cannot_be_written_to, a_mirror_sees_whose_page_it_is, memory_that_was_adopted,
     a_device_is_in_one_space_at_a_time, registered_buffers_stay_in_place, writers_beside_migrations, forks,
+    huge_pages_go_in_small_ones, memory_of_a_node,
 );
 with_moves!(threads_move, Threads:
     migrate, migrate_multiple, migrate_mixed, migrate_release, migrate_holes, longterm_pins, pages_by_number,
     a_device_that_fills_up, what_cannot_be_written_to, a_mirror_sees_whose_page_it_is, memory_that_was_adopted,
     a_device_is_in_one_space_at_a_time, registered_buffers_stay_in_place, writers_beside_migrations, forks,
+    huge_pages_go_in_small_ones, memory_of_a_node,
     what_is_given_up, mappings_that_move, a_limit_does_not_count_them, evicted_pages_are_mapped_when_touched,
 );
 with_engine!(Signal, signal, signal_fallback: without_moves_it_is_refused);
@@ -285,6 +287,36 @@ fn a_mirror_sees_whose_page_it_is(setup: Setup) {
     assert_eq!(space.recall(buffer.range(), 1).unwrap().moved.get(), 2);
     mirror.snapshot(buffer.range(), &mut views).unwrap();
     assert!(views.iter().all(|view| matches!(view, PageView::Ram { write: true, .. })), "{views:?}");
+}
+
+/// The device's memory is in small pages; so are the pages that come home.
+fn huge_pages_go_in_small_ones(setup: Setup) {
+    let space = setup.builder().huge_pages(true).device(coherent(ByteSize::mib(4))).build().unwrap();
+    let mut buffer = space.map_huge::<u64>(512 * WORDS).unwrap();
+    fill(&mut buffer, 23);
+    settle(&space, buffer.range());
+    let done = space.migrate(buffer.range()).unwrap();
+    assert_eq!((done.moved.get(), done.skipped.total()), (512, 0), "{done:?}");
+    expect_in_place(&space, buffer.range(), 512);
+    check(&buffer, 23);
+    assert_eq!(space.recall(buffer.range(), 0).unwrap().moved.get(), 512);
+    check(&buffer, 23);
+}
+
+fn memory_of_a_node(setup: Setup) {
+    let device = match MemDevice::coherent(ByteSize::mib(1), Some(0)) {
+        Ok(device) => device,
+        Err(error) => return common::skip("memory of node 0", &error.to_string()),
+    };
+    let space = setup.with(Arc::new(device));
+    let mut buffer = space.map::<u64>(64 * WORDS).unwrap();
+    let done = space.migration(buffer.range()).run().unwrap();
+    assert_eq!(done.holes.get(), 64);
+    fill(&mut buffer, 24);
+    expect_in_place(&space, buffer.range(), 64);
+    check(&buffer, 24);
+    let refused = MemDevice::coherent(ByteSize::mib(1), Some(999)).unwrap_err().to_string();
+    assert!(refused.contains("node 999"), "{refused}");
 }
 
 fn memory_that_was_adopted(setup: Setup) {

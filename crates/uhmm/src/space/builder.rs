@@ -72,7 +72,8 @@ impl Builder {
         self
     }
 
-    /// Adds a device; the first is number 0.
+    /// Adds a device; the first is number 0. A coherent one is in one space at a time, and needs a kernel that moves
+    /// frames (Linux 6.8); its pages are mapped in place.
     pub fn device(mut self, device: Arc<dyn Device>) -> Self {
         self.devices.push((device, None));
         self
