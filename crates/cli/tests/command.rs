@@ -102,6 +102,10 @@ fn what_cannot_be_is_said_with_the_value_and_code_2() {
         (&["run", "--ram", "64MiB", "--device", "ftp:x", "--", "true"], &["ftp"]),
         (&["run", "--ram", "64MiB", "--device", "mem:", "--", "true"], &["mem:1GiB"]),
         (&["run", "--ram", "64MiB", "--device", "mem:0", "--", "true"], &["zero"]),
+        (
+            &["run", "--ram", "64MiB", "--device", "mem:1GiB?type=coherent", "--", "true"],
+            &["library", "mem:1GiB, whose"],
+        ),
         (&["run", "--ram", "64MiB", "--device", "mem:99999999999T", "--", "true"], &["2^64"]),
         (&["run", "--ram", "64MiB", "--device", "file:/x?layers=lz4", "--", "true"], &["layers"]),
         (&["run", "--ram", "64MiB", "--stats", "/nowhere/at/all", "--", "true"], &["/nowhere/at/all"]),

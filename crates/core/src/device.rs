@@ -16,7 +16,7 @@ use core::any::Any;
 use core::fmt;
 use core::ptr::NonNull;
 
-use uhmm_addr::{PAGE_SIZE, PageCount};
+use uhmm_addr::{PAGE_SIZE, PageCount, VaRange};
 
 /// How the CPU sees a device's memory (the kernel's `enum memory_type`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +25,27 @@ pub enum MemoryType {
     Private,
     /// The CPU maps it in place (`MEMORY_DEVICE_COHERENT`).
     Coherent,
+}
+
+/// Where the pages of a coherent device lie in this address space, the first one first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeviceMemory(VaRange);
+
+impl DeviceMemory {
+    /// Describes the memory of a device.
+    ///
+    /// # Safety
+    /// `range` must be private anonymous memory in small pages, as long as the device's capacity, mapped as long as the
+    /// device lives, that nobody but the device and one space at a time accesses, and to which no Rust reference exists.
+    /// Its frames change places with those of managed memory: an absent page of it holds nothing.
+    pub const unsafe fn new(range: VaRange) -> Self {
+        Self(range)
+    }
+
+    /// Its addresses.
+    pub const fn range(self) -> VaRange {
+        self.0
+    }
 }
 
 /// A page of one device, counted from the device's first page.
@@ -195,6 +216,13 @@ pub trait Device: Send + Sync {
 
     /// How the CPU sees it.
     fn memory_type(&self) -> MemoryType;
+
+    /// Where its pages lie in this address space, for a coherent device: what is not mapped for the program is there,
+    /// and a frame is there before a transfer to the page begins. Fixed for the device's life. None by default: then
+    /// its pages are not mapped in place, whatever its type.
+    fn memory(&self) -> Option<DeviceMemory> {
+        None
+    }
 
     /// How many pages it can hold. Fixed for the device's life.
     fn capacity(&self) -> PageCount;

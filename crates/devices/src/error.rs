@@ -21,6 +21,17 @@ pub enum OpenError {
         /// What was asked for.
         bytes: u64,
     },
+    /// The memory node is not there, or not for this process.
+    #[error("memory cannot be had from node {node} ({errno}); /sys/devices/system/node lists the nodes")]
+    Node {
+        /// The node.
+        node: u32,
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// Memory that is mapped in place is one process's own.
+    #[error("type=coherent is memory of one process, and cannot be shared by several; leave it out")]
+    CoherentShared,
     /// The file does not exist and nobody said how large it is to be.
     #[error("{path:?} does not exist; add ?size=, such as ?size=64GiB, and it will be created")]
     SizeNeeded {

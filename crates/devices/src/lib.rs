@@ -55,6 +55,8 @@ impl Opened {
     pub fn open(url: &DeviceUrl, options: OpenOptions) -> Result<Self, OpenError> {
         Ok(match url {
             DeviceUrl::Memory { size } if options.shared => Self::Memory(Arc::new(MemDevice::shared(*size)?)),
+            DeviceUrl::Coherent { .. } if options.shared => return Err(OpenError::CoherentShared),
+            DeviceUrl::Coherent { size, node } => Self::Memory(Arc::new(MemDevice::coherent(*size, *node)?)),
             DeviceUrl::Memory { size } => Self::Memory(Arc::new(MemDevice::private(*size)?)),
             DeviceUrl::File { path: Some(path), size } => {
                 Self::File(Arc::new(options.file.open(path, *size)?))

@@ -2,13 +2,16 @@
 //!
 //! What     [`MemDevice`]: a mapping whose pages are copied to and from with `memcpy`. *Private*: anonymous
 //!          memory of this process. *Shared*: a memfd, which processes made by fork see with the same
-//!          bytes, which can be passed to others, and which does not count as anonymous memory.
+//!          bytes, which can be passed to others, and which does not count as anonymous memory. *Coherent*: anonymous
+//!          memory of this process, of one memory node if that is said, whose pages a space maps in place.
 //! Why      the fastest device there is; what migration costs beside the copy shows here; and a compressing
 //!          layer needs somewhere to put its pages.
 //! Owns     the mapping, and the memfd if there is one, which is sealed against shrinking: a page that
 //!          somebody cut off would be a SIGBUS in the middle of a copy.
 //!          Private memory is named `uhmm:device`, where the kernel has names (`CONFIG_ANON_VMA_NAME`), so that
 //!          whoever manages this process's memory can leave it alone; where that matters, use shared memory.
+//!          A coherent device's frames change places with those of the space that has it: beside transfers, nothing
+//!          here touches a page that may be absent. A child made by fork has none of it.
 //! Fails    only at opening and for pages that it does not have. Memory that the machine promised and cannot
 //!          deliver ends the process, as it does everywhere on Linux.
 
@@ -20,8 +23,10 @@ use std::slice;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use uhmm_addr::{ByteSize, PageCount};
-use uhmm_core::device::{Device, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError};
+use uhmm_addr::{ByteSize, PageCount, VaRange, VirtAddr};
+use uhmm_core::device::{
+    Device, DeviceMemory, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError,
+};
 
 use crate::{Backing, DeviceUrl, Handle, OUT_OF_RANGE, OpenError, admit, fits, whole_pages};
 
@@ -34,6 +39,7 @@ pub struct MemDevice {
     name: String,
     mapping: Mapping,
     shared: Option<OwnedFd>,
+    memory_type: MemoryType,
 }
 
 impl MemDevice {
@@ -41,7 +47,33 @@ impl MemDevice {
     pub fn private(size: ByteSize) -> Result<Self, OpenError> {
         let pages = whole_pages(size)?;
         let mapping = Mapping::new(pages, None).map_err(|errno| OpenError::Memory { size, errno })?;
-        Ok(Self::of(size, mapping, None))
+        Ok(Self::of(DeviceUrl::Memory { size }, mapping, None))
+    }
+
+    /// Memory that a space maps in place, for the program to load from and store to where it is; of memory node `node`,
+    /// if one is named. One space at a time can have it.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use uhmm_addr::ByteSize;
+    /// # use uhmm_core::device::{Device, MemoryType};
+    /// # use uhmm_devices::MemDevice;
+    /// let near = MemDevice::coherent(ByteSize::mib(1), None)?;
+    /// assert_eq!(near.memory_type(), MemoryType::Coherent);
+    /// assert_eq!(near.name(), "mem:1MiB?type=coherent");
+    /// # Ok::<(), uhmm_devices::OpenError>(())
+    /// ```
+    pub fn coherent(size: ByteSize, node: Option<u32>) -> Result<Self, OpenError> {
+        let pages = whole_pages(size)?;
+        let refused = |errno| OpenError::Memory { size, errno };
+        let mapping = Mapping::new(pages, None).map_err(refused)?;
+        mapping.advise(Advice::LinuxNoHugepage).or_else(without_huge_pages).map_err(refused)?;
+        mapping.advise(Advice::LinuxDontFork).map_err(refused)?;
+        if let Some(node) = node {
+            uhmm_sys::node::bind(mapping.range(), node).map_err(|errno| OpenError::Node { node, errno })?;
+        }
+        let url = DeviceUrl::Coherent { size, node };
+        Ok(Self { memory_type: MemoryType::Coherent, ..Self::of(url, mapping, None) })
     }
 
     /// Memory that other processes can have too ([`MemDevice::handle`]), and that a child made by fork shares.
@@ -74,11 +106,11 @@ impl MemDevice {
         }
         let mapping =
             Mapping::new(pages, Some(fd.as_fd())).map_err(|errno| OpenError::Memory { size, errno })?;
-        Ok(Self::of(size, mapping, Some(fd)))
+        Ok(Self::of(DeviceUrl::Memory { size }, mapping, Some(fd)))
     }
 
-    fn of(size: ByteSize, mapping: Mapping, shared: Option<OwnedFd>) -> Self {
-        Self { name: DeviceUrl::Memory { size }.to_string(), mapping, shared }
+    fn of(url: DeviceUrl, mapping: Mapping, shared: Option<OwnedFd>) -> Self {
+        Self { name: url.to_string(), mapping, shared, memory_type: MemoryType::Private }
     }
 
     /// The memfd, if the memory is shared.
@@ -115,7 +147,14 @@ impl Device for MemDevice {
     }
 
     fn memory_type(&self) -> MemoryType {
-        MemoryType::Private
+        self.memory_type
+    }
+
+    fn memory(&self) -> Option<DeviceMemory> {
+        // SAFETY: anonymous memory in small pages, of the device's length, which lives and goes with it; its bytes are
+        // reached through raw pointers, in transfers and in `zero`, of pages whose owner asked for it.
+        let coherent = || unsafe { DeviceMemory::new(self.mapping.range()) };
+        (self.memory_type == MemoryType::Coherent).then(coherent)
     }
 
     fn capacity(&self) -> PageCount {
@@ -189,6 +228,21 @@ impl Device for MemDevice {
         };
         done.map_err(|errno| TransferError::Io(errno.raw_os_error()))
     }
+
+    /// A coherent device's frames stay where they are, zeroed: a discard of memory that a space watches would be an event
+    /// of its own.
+    fn zero(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
+        if self.memory_type == MemoryType::Private {
+            return self.discard(page, pages);
+        }
+        if !fits(self.mapping.pages, page, pages) {
+            return Err(OUT_OF_RANGE);
+        }
+        // SAFETY: the pages lie in the mapping (`fits`), which is writable, and the caller owns them: nobody reads or
+        // writes them meanwhile.
+        unsafe { ptr::write_bytes(self.mapping.at(page), 0, pages.bytes()) };
+        Ok(())
+    }
 }
 
 /// Writes of at least so many bytes, and reads ahead, go past the caches: nobody will read the bytes soon.
@@ -233,6 +287,11 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: usize, stream: usize) {
         // SAFETY: the caller's promise, of which this is a part.
         unsafe { ptr::copy_nonoverlapping(from.add(at), to.add(at), PIECE.min(len - at)) }
     }
+}
+
+/// A kernel that has no huge pages does not know of advice against them.
+fn without_huge_pages(errno: Errno) -> Result<(), Errno> {
+    if errno == Errno::INVAL { Ok(()) } else { Err(errno) }
 }
 
 /// Memory of a device in this address space, at a multiple of [`ALIGN`].
@@ -289,6 +348,15 @@ impl Mapping {
             let _ = rustix::process::set_virtual_memory_region_name(region, Some(c"uhmm:device"));
         }
         Ok(Self { base, pages })
+    }
+
+    fn range(&self) -> VaRange {
+        VaRange::of_pages(VirtAddr::of(self.base.as_ptr()).page(), self.pages).expect("a device has pages")
+    }
+
+    fn advise(&self, advice: Advice) -> Result<(), Errno> {
+        // SAFETY: advice on our own mapping, none that takes contents away from this process.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.pages.bytes(), advice) }
     }
 
     /// The first byte of `page`, which must be one of the mapping's.

@@ -1,4 +1,4 @@
-//! The names of devices: `mem:1GiB`, `file:/path?size=64GiB`, `file:`.
+//! The names of devices: `mem:1GiB`, `mem:1GiB?type=coherent&node=1`, `file:/path?size=64GiB`, `file:`.
 //!
 //! What     [`DeviceUrl`], parsed and printed; what is printed parses to the same URL.
 //! Why      people type these, so that every refusal says what was wrong with which value and what to
@@ -21,6 +21,13 @@ pub enum DeviceUrl {
     Memory {
         /// How much.
         size: ByteSize,
+    },
+    /// `mem:1GiB?type=coherent`: memory that the program has mapped in place, of memory node 1 with `&node=1`.
+    Coherent {
+        /// How much.
+        size: ByteSize,
+        /// Of which memory node; `None` for any.
+        node: Option<u32>,
     },
     /// `file:/path?size=64GiB`: a regular file or a block device. `file:` alone: an unlinked temporary file.
     File {
@@ -54,8 +61,30 @@ pub enum UrlError {
     #[error("there is nothing behind the {0:?} in the device; leave it out, or write ?size=64GiB")]
     EmptyQuery(char),
     /// A query key that never was.
-    #[error("{0:?} is no option of a device; the known one is ?size=64GiB")]
+    #[error(
+        "{0:?} is no option of a device; the known ones are size=64GiB and, of mem:, type=coherent and node=0"
+    )]
     UnknownKey(String),
+    /// An option of `mem:` with `file:`.
+    #[error("{0}= is an option of mem: and not of file:; leave it out")]
+    MemoryOnly(&'static str),
+    /// An option is given twice.
+    #[error("{key}= is given twice, the second time as {value:?}; give it once")]
+    Repeated {
+        /// Which.
+        key: &'static str,
+        /// What was written the second time.
+        value: String,
+    },
+    /// A type that never was.
+    #[error("{0:?} is no type of memory; write type=coherent, or type=private, which is meant without it")]
+    Type(String),
+    /// A node that is no number.
+    #[error("{0:?} is no memory node; write its number, such as node=0")]
+    Node(String),
+    /// A node, and memory that is not coherent.
+    #[error("node={0} needs type=coherent beside it")]
+    NodeOfPrivate(u32),
     /// The size is given twice.
     #[error("the size is given twice, the second time as {0:?}; give it once")]
     RepeatedSize(String),
@@ -118,18 +147,27 @@ impl DeviceUrl {
 
     fn memory(rest: &str, default: Option<ByteSize>) -> Result<Self, UrlError> {
         let (body, query) = split_query(rest)?;
-        let asked = query_size(query)?;
-        let size = match (body, asked) {
+        let asked = Options::of(query)?;
+        let size = match (body, asked.size) {
             ("", asked) => asked.map(|(_, size)| size).or(default).ok_or(UrlError::SizeNeeded)?,
             (body, None) => parse_size(body)?,
             (_, Some((again, _))) => return Err(UrlError::RepeatedSize(again.into())),
         };
-        Ok(Self::Memory { size })
+        match (asked.coherent, asked.node) {
+            (Some(true), node) => Ok(Self::Coherent { size, node }),
+            (_, Some(node)) => Err(UrlError::NodeOfPrivate(node)),
+            (_, None) => Ok(Self::Memory { size }),
+        }
     }
 
     fn file(rest: &str) -> Result<Self, UrlError> {
         let (body, query) = split_query(rest)?;
-        let size = query_size(query)?.map(|(_, size)| size);
+        let asked = Options::of(query)?;
+        let foreign = asked.coherent.map(|_| "type").or(asked.node.map(|_| "node"));
+        if let Some(key) = foreign {
+            return Err(UrlError::MemoryOnly(key));
+        }
+        let size = asked.size.map(|(_, size)| size);
         if body.starts_with("//") && !body.starts_with("///") {
             return Err(UrlError::Host(body.into()));
         }
@@ -156,6 +194,10 @@ impl fmt::Display for DeviceUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Memory { size } => write!(f, "mem:{}", Exact(*size)),
+            Self::Coherent { size, node } => {
+                write!(f, "mem:{}?type=coherent", Exact(*size))?;
+                node.map_or(Ok(()), |node| write!(f, "&node={node}"))
+            }
             Self::File { path, size } => {
                 f.write_str("file:")?;
                 if let Some(path) = path {
@@ -193,20 +235,44 @@ fn split_query(rest: &str) -> Result<(&str, Option<&str>), UrlError> {
     }
 }
 
-/// The size that a query asks for, as written and as meant.
-fn query_size(query: Option<&str>) -> Result<Option<(&str, ByteSize)>, UrlError> {
-    let mut found = None;
-    for pair in query.into_iter().flat_map(|query| query.split('&')) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        match key {
-            "size" if found.is_some() => return Err(UrlError::RepeatedSize(value.into())),
-            "size" => found = Some((value, parse_size(value)?)),
-            "layers" => return Err(UrlError::LayersNotYet(value.into())),
-            "" => return Err(UrlError::EmptyQuery('&')),
-            _ => return Err(UrlError::UnknownKey(key.into())),
+/// What a query asks for.
+#[derive(Default)]
+struct Options<'a> {
+    /// The size, as written and as meant.
+    size: Option<(&'a str, ByteSize)>,
+    coherent: Option<bool>,
+    node: Option<u32>,
+}
+
+impl<'a> Options<'a> {
+    fn of(query: Option<&'a str>) -> Result<Self, UrlError> {
+        let mut found = Self::default();
+        for pair in query.into_iter().flat_map(|query| query.split('&')) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let again = |key| Err(UrlError::Repeated { key, value: value.into() });
+            match key {
+                "size" if found.size.is_some() => return Err(UrlError::RepeatedSize(value.into())),
+                "size" => found.size = Some((value, parse_size(value)?)),
+                "type" if found.coherent.is_some() => return again("type"),
+                "type" => found.coherent = Some(parse_type(value)?),
+                "node" if found.node.is_some() => return again("node"),
+                "node" => found.node = Some(value.parse().map_err(|_| UrlError::Node(value.into()))?),
+                "layers" => return Err(UrlError::LayersNotYet(value.into())),
+                "" => return Err(UrlError::EmptyQuery('&')),
+                _ => return Err(UrlError::UnknownKey(key.into())),
+            }
         }
+        Ok(found)
     }
-    Ok(found)
+}
+
+/// Whether memory of this type is coherent.
+fn parse_type(value: &str) -> Result<bool, UrlError> {
+    match value {
+        "coherent" => Ok(true),
+        "private" => Ok(false),
+        _ => Err(UrlError::Type(value.into())),
+    }
 }
 
 fn parse_size(value: &str) -> Result<ByteSize, UrlError> {

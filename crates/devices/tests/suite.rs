@@ -22,6 +22,7 @@ fn file(options: FileOptions, directory: &str) -> Option<Arc<dyn Device>> {
 }
 
 device_suite!(memory_private, || Some(Arc::new(MemDevice::private(SIZE).unwrap())));
+device_suite!(memory_coherent, || Some(Arc::new(MemDevice::coherent(SIZE, None).unwrap())));
 device_suite!(memory_shared, || Some(Arc::new(MemDevice::shared(SIZE).unwrap())));
 device_suite!(file_io_uring, || file(FileDevice::options(), "/var/tmp"));
 device_suite!(file_one_ring, || file(FileDevice::options().rings(1), "/var/tmp"));

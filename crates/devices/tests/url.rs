@@ -17,6 +17,13 @@ fn urls_mean_what_they_say() {
         ("mem:1GiB", DeviceUrl::Memory { size: gib }, "mem:1GiB"),
         ("mem:1024M", DeviceUrl::Memory { size: gib }, "mem:1GiB"),
         ("mem:?size=1.5G", DeviceUrl::Memory { size: ByteSize::mib(1536) }, "mem:1536MiB"),
+        ("mem:1GiB?type=private", DeviceUrl::Memory { size: gib }, "mem:1GiB"),
+        ("mem:1GiB?type=coherent", DeviceUrl::Coherent { size: gib, node: None }, "mem:1GiB?type=coherent"),
+        (
+            "mem:?node=3&type=coherent&size=1G",
+            DeviceUrl::Coherent { size: gib, node: Some(3) },
+            "mem:1GiB?type=coherent&node=3",
+        ),
         ("file:", file(None, None), "file:"),
         ("file:?size=1G", file(None, Some(gib)), "file:?size=1GiB"),
         ("file:/a/b?size=1GiB", file(Some("/a/b"), Some(gib)), "file:/a/b?size=1GiB"),
@@ -54,6 +61,16 @@ fn what_is_refused_is_named() {
         ("file:/x?sise=1G", UrlError::UnknownKey("sise".into())),
         ("file:/x?size=1G&size=2G", UrlError::RepeatedSize("2G".into())),
         ("mem:1G?size=2G", UrlError::RepeatedSize("2G".into())),
+        ("mem:1G?type=", UrlError::Type(String::new())),
+        ("mem:1G?type=Coherent", UrlError::Type("Coherent".into())),
+        ("mem:1G?type=private&type=coherent", UrlError::Repeated { key: "type", value: "coherent".into() }),
+        ("mem:1G?node=0", UrlError::NodeOfPrivate(0)),
+        ("mem:1G?type=private&node=0", UrlError::NodeOfPrivate(0)),
+        ("mem:1G?type=coherent&node=", UrlError::Node(String::new())),
+        ("mem:1G?type=coherent&node=-1", UrlError::Node("-1".into())),
+        ("mem:1G?type=coherent&node=1&node=2", UrlError::Repeated { key: "node", value: "2".into() }),
+        ("file:/x?type=coherent", UrlError::MemoryOnly("type")),
+        ("file:/x?size=1G&node=0", UrlError::MemoryOnly("node")),
         ("file:/x?size=", bad("", ParseSizeError::Empty)),
         ("file:/x?size", bad("", ParseSizeError::Empty)),
         ("mem:1Gx", bad("1Gx", ParseSizeError::Unit)),
@@ -87,7 +104,7 @@ proptest! {
 
     #[test]
     fn what_parses_prints_to_the_same(
-        text in r"(mem|file):[/%0-9A-Za-z .+&=\-éß]{0,20}(\?size=[0-9.]{1,8}[KMGT]?(iB)?)?"
+        text in r"(mem|file):[/%0-9A-Za-z .+&=\-éß]{0,20}(\?size=[0-9.]{1,8}[KMGT]?(iB)?)?([?&]type=(private|coherent))?(&node=[0-9]{1,4})?"
     ) {
         if let Ok(url) = text.parse::<DeviceUrl>() {
             prop_assert_eq!(url.to_string().parse(), Ok(url));

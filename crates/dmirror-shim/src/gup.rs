@@ -13,6 +13,9 @@ use crate::command::{Errno, range};
 /// `_IOWR('g', n, struct gup_test)`: fast get, fast pin, long pin, get, pin.
 const COMMANDS: std::ops::RangeInclusive<u32> = 0xc050_6701..=0xc050_6705;
 
+/// The one that always holds pages for long.
+const PIN_LONG: u32 = 0xc050_6703;
+
 /// `struct gup_test`, its first five words; flags for the kernel's function follow.
 const BYTES: usize = 80;
 const GET_USEC: usize = 0;
@@ -24,6 +27,8 @@ const GUP_FLAGS: usize = 36;
 
 /// `FOLL_WRITE`.
 const WRITE: u32 = 1;
+/// `FOLL_LONGTERM`.
+const LONGTERM: u32 = 0x100;
 
 /// Serves one request, whose structure is at `at`.
 pub fn serve(machine: &Dmirror, request: u32, at: VirtAddr) -> Result<(), Errno> {
@@ -36,7 +41,8 @@ pub fn serve(machine: &Dmirror, request: u32, at: VirtAddr) -> Result<(), Errno>
     let short = |at: usize| u32::from_ne_bytes(*bytes[at..].first_chunk().unwrap_or(&[0; 4]));
     let range = range(long(ADDR), long(SIZE).checked_next_multiple_of(PAGE_SIZE as u64))?;
     let purpose = if short(GUP_FLAGS) & WRITE == 0 { PinFor::Read } else { PinFor::Write };
-    let held = machine.hold(range, PageCount::new(short(PAGES_PER_CALL) as usize), purpose);
+    let for_long = request == PIN_LONG || short(GUP_FLAGS) & LONGTERM != 0;
+    let held = machine.hold(range, PageCount::new(short(PAGES_PER_CALL) as usize), purpose, for_long);
     let mut answer = |at: usize, value: u64| bytes[at..at + 8].copy_from_slice(&value.to_ne_bytes());
     answer(GET_USEC, held.get.as_micros() as u64);
     answer(PUT_USEC, held.put.as_micros() as u64);

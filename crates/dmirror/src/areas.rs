@@ -13,9 +13,18 @@
 use uhmm::mirror::{Mirror, MirrorTable, PageView, Pages};
 use uhmm::notifier::Event;
 use uhmm::space::{MappingKind, ProgramMapping};
-use uhmm::{Space, VaRange, Vpn};
+use uhmm::{Owner, Space, VaRange, Vpn};
 
 use crate::{Error, Node};
+
+/// Whether it is a page of the device of `own`.
+pub(crate) fn is_own(view: PageView, own: Owner) -> bool {
+    match view {
+        PageView::Device { .. } => true,
+        PageView::Coherent { owner, .. } => owner == own,
+        _ => false,
+    }
+}
 
 /// What the device sees of the pages of a watched area.
 pub(crate) struct Table {
@@ -61,9 +70,9 @@ impl Table {
     }
 
     /// The same, of those that are on the device: what the table says of others stays as it is.
-    pub(crate) fn install_own(&mut self, pages: Pages<'_>) {
+    pub(crate) fn install_own(&mut self, pages: Pages<'_>, own: Owner) {
         for (entry, view) in self.views_of(pages.range()).iter_mut().zip(pages.views()) {
-            if matches!(view, PageView::Device { .. }) {
+            if is_own(*view, own) {
                 *entry = *view;
             }
         }

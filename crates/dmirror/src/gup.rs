@@ -22,13 +22,14 @@ pub struct Held {
 }
 
 impl Dmirror {
-    /// Gets hold of the pages of `range`, `at_a_time` in each call, and lets go of them. They are in RAM then.
-    pub fn hold(&self, range: VaRange, at_a_time: PageCount, purpose: PinFor) -> Held {
+    /// Gets hold of the pages of `range`, `at_a_time` in each call, and lets go of them. They are in RAM then, or where a
+    /// coherent device has them, unless that is `for_long`.
+    pub fn hold(&self, range: VaRange, at_a_time: PageCount, purpose: PinFor, for_long: bool) -> Held {
         let start = Instant::now();
         let (mut done, mut pins) = (Held::default(), Vec::new());
         while let Some(rest) = range.skip(done.pages) {
             let part = rest.take(at_a_time.max(PageCount::ONE));
-            let Ok(pinned) = self.pin(part, purpose) else { break };
+            let Ok(pinned) = self.pin(part, purpose, for_long) else { break };
             pins.push(pinned);
             done.pages = done.pages.plus(part.pages());
         }
@@ -39,7 +40,12 @@ impl Dmirror {
         done
     }
 
-    fn pin(&self, range: VaRange, purpose: PinFor) -> Result<Vec<uhmm::space::Pinned>, Error> {
+    fn pin(
+        &self,
+        range: VaRange,
+        purpose: PinFor,
+        for_long: bool,
+    ) -> Result<Vec<uhmm::space::Pinned>, Error> {
         let mut pins = Vec::new();
         let mut at = range.first();
         for mapping in self.space().mappings(range).map_err(|_| Error::NoMemory)? {
@@ -52,7 +58,12 @@ impl Dmirror {
             if mapping.kind == MappingKind::Anonymous {
                 // SAFETY: what may be asked about was promised to the machine (`Dmirror::new`).
                 unsafe { self.space().watch(mapping.range) }?;
-                pins.push(self.space().pin(mapping.range, purpose).map_err(|_| Error::Fault)?);
+                let pinned = if for_long {
+                    self.space().pin(mapping.range, purpose)
+                } else {
+                    self.space().pin_in_place(mapping.range, purpose)
+                };
+                pins.push(pinned.map_err(|_| Error::Fault)?);
             }
         }
         if at == range.end_page() { Ok(pins) } else { Err(Error::Fault) }

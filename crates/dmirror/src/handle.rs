@@ -17,7 +17,7 @@ use uhmm::mirror::{DEFAULT_TIMEOUT, PageView, Want};
 use uhmm::space::{MappingKind, ProgramMapping};
 use uhmm::{PageCount, VaRange};
 
-use crate::areas::{Areas, Table};
+use crate::areas::{Areas, Table, is_own};
 use crate::transfer::{Buffer, Page, Unreachable};
 use crate::{Dmirror, Error, Node, snapshot};
 
@@ -235,6 +235,7 @@ impl<'m> Handle<'m> {
     /// # Panics
     /// If `into` is not as long as the range.
     pub fn migrate_to_device(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        let own = self.machine.owner(self.node)?;
         let mut areas = self.areas();
         let space = self.machine.space();
         let moved = self.each_mapping(range, |mapping| {
@@ -244,7 +245,7 @@ impl<'m> Handle<'m> {
                 let leave = self.machine.leave();
                 let _ = space.migration(part).to(self.node.index()).run()?;
                 drop(leave);
-                mirror.populate(part, Want::Nothing, Table::install_own)?;
+                mirror.populate(part, Want::Nothing, |table, pages| table.install_own(pages, own))?;
             }
             // What is not watched is not moved, and must not be read as if it were.
             areas.forget_plain();
@@ -272,6 +273,7 @@ impl<'m> Handle<'m> {
     /// # Errors
     /// [`Error::Invalid`] as with [`Handle::migrate_to_device`].
     pub fn migrate_to_system(&self, range: VaRange) -> Result<Counts, Error> {
+        let own = self.machine.owner(self.node)?;
         let _areas = self.areas();
         let space = self.machine.space();
         let mut counts = Counts::default();
@@ -283,8 +285,8 @@ impl<'m> Handle<'m> {
                 rest = left.skip(batch.pages());
                 let views = &mut views[..batch.pages().get()];
                 space.snapshot(batch, Some(self.node.index()), views)?;
-                for part in runs(batch, views, |view| matches!(view, PageView::Device { .. })) {
-                    let came = space.prefetch(part).map_err(|_| Error::NoMemory)?;
+                for part in runs(batch, views, |view| is_own(*view, own)) {
+                    let came = space.recall(part, self.node.index())?.moved;
                     counts.pages = counts.pages.plus(came);
                 }
             }
@@ -318,12 +320,13 @@ impl<'m> Handle<'m> {
     /// # Panics
     /// If `into` has more or fewer bytes than the range has pages.
     pub fn snapshot(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        let own = self.machine.owner(self.node)?;
         let mut views = Vec::new();
         views.try_reserve_exact(into.len()).map_err(|_| Error::NoMemory)?;
         views.resize(into.len(), PageView::Absent);
         self.machine.space().snapshot(range, Some(self.node.index()), &mut views)?;
         for (byte, view) in into.iter_mut().zip(views) {
-            *byte = snapshot::byte(view, self.node.kind());
+            *byte = snapshot::byte(view, own);
         }
         Ok(Counts { pages: range.pages(), faults: 0 })
     }

@@ -11,8 +11,9 @@
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use uhmm::managed::BuildError;
 use uhmm::space::{Builder, SpaceError};
-use uhmm::{ByteSize, Engine, MemDevice, PageCount, Space};
+use uhmm::{ByteSize, Engine, MemDevice, Owner, PageCount, Space};
 
 use crate::handle::Handle;
 use crate::{Error, transfer};
@@ -70,7 +71,8 @@ impl Dmirror {
         unsafe { Self::with(Space::builder(), size) }
     }
 
-    /// The same, with a space of which something is said.
+    /// The same, with a space of which something is said. Where frames cannot be moved, the machine has no coherent
+    /// devices.
     ///
     /// # Errors
     /// As [`Dmirror::new`].
@@ -78,14 +80,26 @@ impl Dmirror {
     /// # Safety
     /// As [`Dmirror::new`].
     pub unsafe fn with(builder: Builder, size: ByteSize) -> Result<Self, SpaceError> {
+        let memory = |node: Node| match node.kind() {
+            Kind::Private => MemDevice::private(size),
+            Kind::Coherent => MemDevice::coherent(size, None),
+        };
         let devices: Result<Vec<_>, _> =
-            (0..PRIVATE).map(|_| MemDevice::private(size).map(Arc::new)).collect();
-        let devices = devices.map_err(std::io::Error::other)?;
-        let mut builder = builder.engine(Engine::Threads);
-        for device in &devices {
-            builder = builder.device(device.clone());
-        }
-        Ok(Self { space: builder.build()?, devices, leaving: RwLock::new(()) })
+            Node::ALL.map(|node| memory(node).map(Arc::new)).into_iter().collect();
+        let mut devices = devices.map_err(std::io::Error::other)?;
+        let space = |devices: &[Arc<MemDevice>]| {
+            let builder = builder.clone().engine(Engine::Threads);
+            devices.iter().fold(builder, |builder, device| builder.device(device.clone())).build()
+        };
+        let built = match space(&devices) {
+            // Where frames cannot be moved there are no coherent devices.
+            Err(SpaceError::Build(BuildError::Coherent(_))) => {
+                devices.truncate(PRIVATE);
+                space(&devices)
+            }
+            built => built,
+        };
+        Ok(Self { space: built?, devices, leaving: RwLock::new(()) })
     }
 
     /// Opens a device. Its table says nothing yet.
@@ -99,6 +113,11 @@ impl Dmirror {
     /// The space.
     pub const fn space(&self) -> &Space {
         &self.space
+    }
+
+    /// Whose the pages of a device are.
+    pub(crate) fn owner(&self, node: Node) -> Result<Owner, Error> {
+        self.space.owner(node.index()).ok_or(Error::NoDevice)
     }
 
     /// Pages in use on a device.

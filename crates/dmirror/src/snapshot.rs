@@ -2,10 +2,8 @@
 //!
 //! What    [`byte`].
 
-use uhmm::Geometry;
 use uhmm::mirror::PageView;
-
-use crate::Kind;
+use uhmm::{Geometry, Owner};
 
 const ERROR: u8 = 0xff;
 const NONE: u8 = 0x00;
@@ -16,9 +14,10 @@ const PUD: u8 = 0x08;
 const ZERO: u8 = 0x10;
 const PRIVATE_LOCAL: u8 = 0x20;
 const COHERENT_LOCAL: u8 = 0x40;
+const COHERENT_REMOTE: u8 = 0x50;
 
-/// The byte for a page that a device of this kind sees so.
-pub(crate) fn byte(view: PageView, kind: Kind) -> u8 {
+/// The byte for a page that the device of `own` sees so.
+pub(crate) fn byte(view: PageView, own: Owner) -> u8 {
     let permitted = if view.may_write() { WRITE } else { READ };
     match view {
         PageView::Error(_) => ERROR,
@@ -28,9 +27,9 @@ pub(crate) fn byte(view: PageView, kind: Kind) -> u8 {
         PageView::Ram { order: Geometry::K4, .. } => permitted,
         PageView::Ram { order: Geometry::M2, .. } => PMD | permitted,
         PageView::Ram { order: Geometry::G1, .. } => PUD | permitted,
-        PageView::Device { .. } => match kind {
-            Kind::Private => PRIVATE_LOCAL | permitted,
-            Kind::Coherent => COHERENT_LOCAL | permitted,
-        },
+        // Others' private pages are not told of.
+        PageView::Device { .. } => PRIVATE_LOCAL | permitted,
+        PageView::Coherent { owner, .. } if owner == own => COHERENT_LOCAL | permitted,
+        PageView::Coherent { .. } => COHERENT_REMOTE | permitted,
     }
 }

@@ -8,8 +8,8 @@ use std::thread;
 
 use common::{Memory, PAGE, Random, Setup, check, fill, part};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use uhmm::{ByteSize, PageCount, PinFor, VaRange, VirtAddr};
-use uhmm_dmirror::{Dmirror, Error, Handle, Node, load};
+use uhmm::{ByteSize, Counter, PageCount, PinFor, VaRange, VirtAddr};
+use uhmm_dmirror::{Dmirror, Error, Handle, Kind, Node, load};
 
 with_engine!(Threads, threads_move, threads_fallback:
     open_close,
@@ -37,6 +37,14 @@ with_engine!(Threads, threads_move, threads_fallback:
     a_handle_closes_with_pages_on_the_device,
     a_handle_closes_while_others_work,
     an_address_that_is_mapped_anew,
+);
+
+with_engine!(Threads, coherent_move, coherent_fallback:
+    coherent_pages_are_touched_in_place,
+    coherent_pages_of_a_mapping_that_may_only_be_read,
+    coherent_pages_and_others,
+    coherent_pages_that_are_held,
+    exclusive_pages_of_a_coherent_device,
 );
 
 const PAGES: usize = 64;
@@ -95,8 +103,9 @@ fn open_close(setup: Setup) {
     let machine = machine(setup, ByteSize::mib(4));
     for node in NODES {
         let opened = machine.open(node).map(|handle| handle.node());
-        let private = node == NODES[0] || node == NODES[1];
-        assert_eq!(opened, if private { Ok(node) } else { Err(Error::NoDevice) });
+        // Coherent memory is mapped in place by moving frames.
+        let there = node.kind() == Kind::Private || !setup.forced_fallback;
+        assert_eq!(opened, if there { Ok(node) } else { Err(Error::NoDevice) });
     }
 }
 
@@ -379,12 +388,12 @@ fn gup(setup: Setup) {
     fill(memory.words_mut(0, PAGES), 14);
     to_device(&handle, memory.range()).unwrap();
     for (n, purpose) in [PinFor::Read, PinFor::Write].into_iter().enumerate() {
-        let held = machine.hold(part(memory.range(), 8 * n, 8), pages(3), purpose);
+        let held = machine.hold(part(memory.range(), 8 * n, 8), pages(3), purpose, true);
         assert_eq!(held.pages, pages(8));
     }
     assert_eq!(machine.space().residency(memory.range()).device, pages(PAGES - 16));
     memory.protect(20, 4, MprotectFlags::READ);
-    assert_eq!(machine.hold(part(memory.range(), 16, 8), pages(1), PinFor::Write).pages, pages(4));
+    assert_eq!(machine.hold(part(memory.range(), 16, 8), pages(1), PinFor::Write, true).pages, pages(4));
     assert!(machine.space().pins().is_empty());
     check(memory.words(0, PAGES), 14);
 }
@@ -597,4 +606,111 @@ fn an_address_that_is_mapped_anew(setup: Setup) {
         check(&to_device(&handle, range).unwrap(), round);
         check(memory.words(0, 1), round);
     }
+}
+
+/// A machine with coherent devices, if there can be one: their memory is mapped in place by moving frames.
+fn coherent(setup: Setup) -> Option<Dmirror> {
+    let machine = machine(setup, ByteSize::mib(4));
+    let there = machine.open(NODES[2]).is_ok();
+    assert_eq!(there, !setup.forced_fallback);
+    there.then_some(machine)
+}
+
+fn coherent_pages_are_touched_in_place(setup: Setup) {
+    let Some(machine) = coherent(setup) else { return };
+    let handle = machine.open(NODES[2]).unwrap();
+    let mut memory = Memory::new(PAGES);
+    let range = memory.range();
+    fill(memory.words_mut(0, PAGES), 31);
+    check(&to_device(&handle, range).unwrap(), 31);
+    assert_eq!(machine.device_pages(NODES[2]), pages(PAGES));
+    let faults = machine.space().count(Counter::Faults);
+    check(memory.words(0, PAGES), 31);
+    fill(memory.words_mut(0, PAGES), 32);
+    assert_eq!(machine.space().count(Counter::Faults), faults, "touched where they are");
+    let (found, missed) = read(&handle, range).unwrap();
+    assert_eq!(missed, 0);
+    check(&found, 32);
+    handle.write(range, &bytes(&pattern(33, PAGES))).unwrap();
+    check(memory.words(0, PAGES), 33);
+    assert_eq!(machine.device_pages(NODES[2]), pages(PAGES));
+    assert_eq!(handle.migrate_to_system(range).unwrap().pages, pages(PAGES));
+    assert_eq!(machine.device_pages(NODES[2]), PageCount::ZERO);
+    check(memory.words(0, PAGES), 33);
+    check(&to_device(&handle, range).unwrap(), 33);
+    handle.release().unwrap();
+    assert_eq!(machine.device_pages(NODES[2]), PageCount::ZERO);
+    check(memory.words(0, PAGES), 33);
+}
+
+fn coherent_pages_of_a_mapping_that_may_only_be_read(setup: Setup) {
+    let Some(machine) = coherent(setup) else { return };
+    let (first, second) = (machine.open(NODES[2]).unwrap(), machine.open(NODES[3]).unwrap());
+    let mut memory = Memory::new(PAGES);
+    let range = memory.range();
+    fill(memory.words_mut(0, PAGES), 34);
+    memory.protect(0, PAGES, MprotectFlags::READ);
+    for handle in [&first, &second] {
+        check(&read(handle, range).unwrap().0, 34);
+    }
+    check(&to_device(&second, range).unwrap(), 34);
+    check(&read(&first, range).unwrap().0, 34);
+    check(memory.words(0, PAGES), 34);
+}
+
+fn coherent_pages_and_others(setup: Setup) {
+    let Some(machine) = coherent(setup) else { return };
+    let [private, _, first, second] = NODES.map(|node| machine.open(node).unwrap());
+    let mut memory = Memory::new(4);
+    let range = memory.range();
+    fill(memory.words_mut(0, 4), 35);
+    to_device(&private, part(range, 1, 1)).unwrap();
+    to_device(&first, part(range, 2, 1)).unwrap();
+    to_device(&second, part(range, 3, 1)).unwrap();
+    assert_eq!(look(&private, range), [0x02, 0x22, 0x52, 0x52]);
+    assert_eq!(look(&first, range), [0x02, 0x00, 0x42, 0x52]);
+    assert_eq!(look(&second, range), [0x02, 0x00, 0x52, 0x42]);
+    // One that another device has is not taken from it; everybody reads it where it is.
+    assert_eq!(to_device(&first, part(range, 3, 1)), Err(Error::NotThere));
+    check(&read(&first, range).unwrap().0, 35);
+    assert_eq!(machine.device_pages(NODES[3]), pages(1));
+}
+
+fn coherent_pages_that_are_held(setup: Setup) {
+    let Some(machine) = coherent(setup) else { return };
+    let handle = machine.open(NODES[2]).unwrap();
+    let mut memory = Memory::new(PAGES);
+    fill(memory.words_mut(0, PAGES), 36);
+    to_device(&handle, memory.range()).unwrap();
+    for (for_long, there) in [(false, PAGES), (true, PAGES - 8)] {
+        let held = machine.hold(part(memory.range(), 8, 8), pages(8), PinFor::Write, for_long);
+        assert_eq!((held.pages, machine.device_pages(NODES[2])), (pages(8), pages(there)));
+    }
+    check(memory.words(0, PAGES), 36);
+}
+
+fn exclusive_pages_of_a_coherent_device(setup: Setup) {
+    let Some(machine) = coherent(setup) else { return };
+    exclusive_of(&machine, NODES[2]);
+    exclusive_of(&machine, NODES[0]);
+}
+
+fn exclusive_of(machine: &Dmirror, node: Node) {
+    let handle = machine.open(node).unwrap();
+    let mut memory = Memory::new(PAGES);
+    let range = memory.range();
+    fill(memory.words_mut(0, PAGES), 37);
+    let mut into = vec![0; range.bytes()];
+    assert_eq!(handle.exclusive(range, &mut into).unwrap().pages, pages(PAGES));
+    check(&words(&into), 37);
+    assert!(handle.is_exclusive(range));
+    handle.write(part(range, 0, 8), &bytes(&pattern(38, 8))).unwrap();
+    assert!(handle.is_exclusive(part(range, 0, 8)), "the device itself revokes nothing");
+    check(memory.words(0, 8), 38);
+    assert!(!handle.is_exclusive(part(range, 0, 8)) && handle.is_exclusive(part(range, 8, 8)));
+    memory.protect(8, 1, MprotectFlags::READ);
+    assert_eq!(handle.exclusive(part(range, 8, 2), &mut into[..2 * PAGE]), Err(Error::Busy));
+    memory.protect(8, 1, MprotectFlags::READ | MprotectFlags::WRITE);
+    common::check_from(memory.words(8, PAGES - 8), 37, 8 * PAGE / 8);
+    assert!(!handle.is_exclusive(range));
 }

@@ -1,6 +1,6 @@
 //! A device that does what a test tells it.
 //!
-//! What     [`FakeDevice`]: pages in a `Vec`, that can fail the n-th transfer, be full after so many writes,
+//! What     [`FakeDevice`]: pages in ordinary memory, that can fail the n-th transfer, be full after so many writes,
 //!          call back in the middle of a transfer, and that counts what it did.
 //! Why      "what if exactly this copy fails" can be asked of every copy in turn.
 //! Owns     its bytes.
@@ -8,11 +8,16 @@
 //!          fail copies nothing.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use uhmm_addr::{PAGE_SIZE, PageCount};
-use uhmm_core::device::{Device, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError};
+use uhmm_core::device::{
+    Device, DeviceMemory, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError,
+};
+
+use crate::sim_host::memory::Memory;
 
 const ENXIO: i32 = 6;
 
@@ -31,7 +36,9 @@ type Hook = Box<dyn Fn(FakeAccess, DevicePage, PageCount) + Send + Sync>;
 pub struct FakeDevice {
     memory_type: MemoryType,
     linked: bool,
-    bytes: Mutex<Vec<u8>>,
+    bytes: Arc<Memory>,
+    one_at_a_time: Mutex<()>,
+    pages: PageCount,
     plan: Mutex<Plan>,
     hook: Option<Hook>,
     reads: AtomicU64,
@@ -54,7 +61,9 @@ impl FakeDevice {
         Self {
             memory_type: MemoryType::Private,
             linked: false,
-            bytes: Mutex::new(vec![0; pages.bytes()]),
+            bytes: Arc::new(Memory::new(pages)),
+            one_at_a_time: Mutex::new(()),
+            pages,
             plan: Mutex::default(),
             hook: None,
             reads: AtomicU64::new(0),
@@ -70,10 +79,16 @@ impl FakeDevice {
         Self { linked, ..self }
     }
 
-    /// The same device, seen by the CPU in this way.
+    /// The same device, seen by the CPU in this way. The pages of a coherent one are where a simulated host that knows
+    /// [its memory](FakeDevice::bytes) has frames.
     #[must_use]
     pub fn with_memory_type(self, memory_type: MemoryType) -> Self {
         Self { memory_type, ..self }
+    }
+
+    /// What its pages lie in.
+    pub(crate) fn bytes(&self) -> Arc<Memory> {
+        self.bytes.clone()
     }
 
     /// The same device, which calls `hook` before each transfer copies, with no lock held: to wait there, to
@@ -129,14 +144,15 @@ impl FakeDevice {
 
     /// What the device holds in `page`; `None` if it has no such page.
     pub fn page(&self, page: DevicePage) -> Option<Vec<u8>> {
-        let (start, end) = self.span(page, PageCount::ONE)?;
-        Some(lock(&self.bytes)[start..end].to_vec())
+        let first = self.span(page, PageCount::ONE)?.start;
+        let _alone = lock(&self.one_at_a_time);
+        Some(self.bytes.read(first).into_vec())
     }
 
-    fn span(&self, page: DevicePage, pages: PageCount) -> Option<(usize, usize)> {
-        let start = usize::try_from(page.0).ok()?.checked_mul(PAGE_SIZE)?;
-        let end = start.checked_add(pages.bytes())?;
-        (end <= self.capacity().bytes()).then_some((start, end))
+    fn span(&self, page: DevicePage, pages: PageCount) -> Option<Range<usize>> {
+        let start = usize::try_from(page.0).ok()?;
+        let end = start.checked_add(pages.get())?;
+        (end <= self.pages.get()).then_some(start..end)
     }
 
     /// What the plan says to the next transfer.
@@ -155,20 +171,20 @@ impl FakeDevice {
     }
 
     fn one(&self, access: FakeAccess, transfer: &Transfer) -> Result<(), TransferError> {
-        let (start, end) = self.span(transfer.page(), transfer.pages()).ok_or(TransferError::Io(ENXIO))?;
+        let span = self.span(transfer.page(), transfer.pages()).ok_or(TransferError::Io(ENXIO))?;
         if let Some(hook) = &self.hook {
             hook(access, transfer.page(), transfer.pages());
         }
         self.permit(access, transfer.pages())?;
         let ram = transfer.ram().as_ptr();
-        let mut bytes = lock(&self.bytes);
-        let device = &mut bytes[start..end];
-        // SAFETY: `device` is as long as the transfer, and the transfer's maker promised that its RAM may be
-        // accessed; RAM that somebody else lends is not part of this device's vector.
+        let _alone = lock(&self.one_at_a_time);
+        // SAFETY: the span is inside the memory, and as long as the transfer, whose maker promised that its RAM may be
+        // accessed; RAM that somebody else lends is not part of this device's memory.
         unsafe {
+            let device = self.bytes.base().as_ptr().add(span.start * PAGE_SIZE);
             match access {
-                FakeAccess::Read => device.as_ptr().copy_to_nonoverlapping(ram, device.len()),
-                FakeAccess::Write => device.as_mut_ptr().copy_from_nonoverlapping(ram, device.len()),
+                FakeAccess::Read => device.copy_to_nonoverlapping(ram, transfer.bytes()),
+                FakeAccess::Write => device.copy_from_nonoverlapping(ram, transfer.bytes()),
             }
         }
         Ok(())
@@ -177,14 +193,16 @@ impl FakeDevice {
 
 impl FakeDevice {
     fn one_hop(&self, source: &Self, piece: &PeerTransfer) -> Result<(), TransferError> {
-        let (start, end) = source.span(piece.from(), piece.pages()).ok_or(TransferError::Io(ENXIO))?;
-        let (to, to_end) = self.span(piece.to(), piece.pages()).ok_or(TransferError::Io(ENXIO))?;
+        let from = source.span(piece.from(), piece.pages()).ok_or(TransferError::Io(ENXIO))?;
+        let to = self.span(piece.to(), piece.pages()).ok_or(TransferError::Io(ENXIO))?;
         if let Some(hook) = &self.hook {
             hook(FakeAccess::Write, piece.to(), piece.pages());
         }
         self.permit(FakeAccess::Write, piece.pages())?;
-        let bytes = lock(&source.bytes)[start..end].to_vec();
-        lock(&self.bytes)[to..to_end].copy_from_slice(&bytes);
+        for (from, to) in from.zip(to) {
+            let bytes = source.bytes.read(from);
+            self.bytes.write(to, &bytes);
+        }
         Ok(())
     }
 }
@@ -198,8 +216,18 @@ impl Device for FakeDevice {
         self.memory_type
     }
 
+    fn memory(&self) -> Option<DeviceMemory> {
+        if self.memory_type == MemoryType::Private {
+            return None;
+        }
+        // The allocation is longer where the device has no page.
+        let range = self.bytes.range().take(self.pages);
+        // SAFETY: an allocation of the device's own, whose pages the simulated host exchanges by copying.
+        Some(unsafe { DeviceMemory::new(range) })
+    }
+
     fn capacity(&self) -> PageCount {
-        PageCount::in_bytes(lock(&self.bytes).len())
+        self.pages
     }
 
     fn write(&self, batch: &mut [Transfer]) {
@@ -238,8 +266,8 @@ impl Device for FakeDevice {
 
     fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
         self.discards.fetch_add(1, Ordering::Relaxed);
-        let (start, end) = self.span(page, pages).ok_or(TransferError::Io(ENXIO))?;
-        lock(&self.bytes)[start..end].fill(0);
+        let span = self.span(page, pages).ok_or(TransferError::Io(ENXIO))?;
+        span.for_each(|page| self.bytes.write(page, &[0; PAGE_SIZE]));
         let mut plan = lock(&self.plan);
         plan.room = plan.room.map(|room| room.saturating_add(pages.get()));
         Ok(())

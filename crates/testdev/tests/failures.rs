@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
-use uhmm_core::device::TransferError;
+use uhmm_core::device::{MemoryType, TransferError};
 use uhmm_core::frame::Slot;
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
@@ -28,6 +28,8 @@ enum Op {
     /// Pages of the first device go to the other one, and the other way round.
     Across(usize, usize),
     Return(usize, usize),
+    /// Pages of the other device come home.
+    Recall(usize, usize),
     /// Holes get pages of the other device.
     Holes(usize, usize),
     /// The first device is emptied, home or to the other one.
@@ -157,8 +159,13 @@ impl Script {
                 let _ = bed.migrate_across(n, pages);
             }
             Op::Return(n, pages) => {
-                let sources = Sources { private: Some(bed.other_map.owner()), ..Sources::NONE };
+                let owner = Some(bed.other_map.owner());
+                let sources = Sources { private: owner, coherent: owner, ..Sources::NONE };
                 let _ = bed.migrate_from(n, pages, &bed.pagemap, &sources);
+            }
+            Op::Recall(n, pages) => {
+                let (range, map) = (pages_at(n, pages), bed.other_map.range());
+                let _ = bed.program.with_scratch(|scratch| bed.mm.evict_pfns(range, map, None, scratch));
             }
             Op::Holes(n, pages) => {
                 let sources = Sources { holes: true, ..Sources::NONE };
@@ -357,6 +364,12 @@ fn script() -> Vec<Op> {
         Op::Prefetch(10, 4),
         Op::Exclusive(0, 12),
         Op::Unmap(0, 1),
+        Op::Holes(40, 8),
+        Op::Across(16, 8),
+        Op::Store(17, 17),
+        Op::Recall(14, 8),
+        Op::DontNeed(22, 1),
+        Op::Migrate(12, 12),
     ]);
     ops
 }
@@ -367,16 +380,24 @@ fn setup(can_move: bool) -> Setup {
 
 #[test]
 fn whichever_step_fails_nothing_is_lost() {
-    for (can_move, linked) in [(true, false), (false, true)] {
+    let ways = [
+        (true, false, MemoryType::Private),
+        (false, true, MemoryType::Private),
+        (true, true, MemoryType::Coherent),
+    ];
+    for (can_move, linked, other_type) in ways {
         for failure in FAILURES {
             let mut steps = 0;
             for n in 1.. {
-                let mut script_run = Script::new(Setup { linked, ..setup(can_move) });
+                let mut script_run = Script::new(Setup { linked, other_type, ..setup(can_move) });
                 script_run.fail(n, failure);
                 script().into_iter().for_each(|op| script_run.run(op));
                 let reached = !script_run.is_failure_pending();
                 let lost = script_run.finish();
-                assert_eq!(lost, 0, "one failure is always survived: step {n} {failure:?}, move {can_move}");
+                assert_eq!(
+                    lost, 0,
+                    "one failure is always survived: step {n} {failure:?}, move {can_move}, {other_type:?}"
+                );
                 if !reached {
                     break;
                 }
@@ -411,6 +432,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         2 => span.clone().prop_map(|(n, pages)| Op::MigrateCold(n, pages)),
         3 => span.clone().prop_map(|(n, pages)| Op::Across(n, pages)),
         2 => span.clone().prop_map(|(n, pages)| Op::Return(n, pages)),
+        2 => span.clone().prop_map(|(n, pages)| Op::Recall(n, pages)),
         2 => span.clone().prop_map(|(n, pages)| Op::Holes(n, pages)),
         4 => span.clone().prop_map(|(n, pages)| Op::Stage(n, pages)),
         3 => Just(Op::WriteBack),
@@ -440,13 +462,15 @@ proptest! {
     fn random_scripts_agree_with_the_model(
         can_move in any::<bool>(),
         linked in any::<bool>(),
+        coherent in any::<bool>(),
         window in 1..20usize,
         slots in 4..64usize,
         device in 8..128usize,
         steps in prop::collection::vec(any_step(), 1..60),
     ) {
         let window = (window.min(4), window);
-        let mut script = Script::new(Setup { window, slots, device, linked, ..setup(can_move) });
+        let other_type = if coherent { MemoryType::Coherent } else { MemoryType::Private };
+        let mut script = Script::new(Setup { window, slots, device, linked, other_type, ..setup(can_move) });
         if device % 3 == 0 {
             script.bed.device.full_after(PageCount::new(device / 2));
         }

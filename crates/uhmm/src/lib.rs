@@ -16,6 +16,6 @@ pub use uhmm_addr::{ByteSize, Geometry, PAGE_SIZE, PageCount, Pfn, VaRange, Virt
 pub use uhmm_core::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 pub use uhmm_core::migrate::Migrated;
 pub use uhmm_core::notifier::{self, Owner};
-pub use uhmm_core::pin::{Holder, PinError, PinFor};
+pub use uhmm_core::pin::{Holder, PinError, PinFor, PinTerm};
 pub use uhmm_core::stats::{Counter, Skip, Skipped};
 pub use uhmm_devices::{FileDevice, MemDevice};

@@ -127,6 +127,20 @@ pub enum BuildError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Pages of a coherent device are mapped in place by moving their frames.
+    #[error(
+        "{0} is coherent: its pages are mapped in place, for which the kernel must be able to move frames \
+         (UFFDIO_MOVE, Linux 6.8 or later)"
+    )]
+    Coherent(String),
+    /// A coherent device's memory could not be registered: another space has the device.
+    #[error("the memory of {device} cannot be watched; a coherent device can be in one space at a time")]
+    DeviceMemory {
+        /// The device.
+        device: String,
+        /// What the kernel said.
+        source: RegisterError,
+    },
     /// A mapping of our own could not be registered.
     #[error("cannot register uhmm's own arena")]
     Register(#[from] RegisterError),
@@ -224,6 +238,17 @@ impl Managed {
         let missing = needed(plan.reports).without(uffd.features());
         if let Some((name, _)) = Features::NAMED.iter().find(|(_, bit)| missing.contains(*bit)) {
             return Err(BuildError::Feature(name));
+        }
+        // Before any mapping of ours is registered, whose end would be an event that nobody reads.
+        for map in &plan.pagemaps {
+            let Some(memory) = map.memory() else { continue };
+            let device = || map.device().name().to_owned();
+            if plan.forced_fallback || !uffd.features().contains(Features::MOVE) {
+                return Err(BuildError::Coherent(device()));
+            }
+            // SAFETY: the device's memory, of which an absent page is touched by nobody before it has a frame.
+            unsafe { uffd.register(memory, Mode::MISSING) }
+                .map_err(|source| BuildError::DeviceMemory { device: device(), source })?;
         }
         let chute = match plan.reports {
             Reports::Messages => Some(Chute::new()?),
@@ -408,13 +433,19 @@ impl Managed {
     pub fn bring_home(&self, scratch: &mut Scratch) {
         let mut at = Vpn::new(0);
         while let Some((range, _)) = self.range_from(at) {
-            while self.is_away(range) {
-                // Whoever moves a page now is done with it soon.
-                if self.mm.prefetch(range, scratch).is_zero() {
-                    std::thread::yield_now();
-                }
-            }
+            self.bring_range_home(range, scratch);
             at = range.end_page();
+        }
+    }
+
+    /// Brings every page of `range` home, those of coherent devices as well.
+    pub fn bring_range_home(&self, range: VaRange, scratch: &mut Scratch) {
+        while self.is_away(range) {
+            self.mm.leave_coherent(range, scratch);
+            // Whoever moves a page now is done with it soon.
+            if self.mm.prefetch(range, scratch).is_zero() {
+                std::thread::yield_now();
+            }
         }
     }
 

@@ -71,6 +71,14 @@ pub(crate) fn able() -> Result<(), String> {
 pub(crate) fn run(args: &RunArgs) -> Result<End, Failure> {
     let url: DeviceUrl =
         args.device.parse().map_err(|error| Failure::usage(format!("--device {}: {error}", args.device)))?;
+    if let DeviceUrl::Coherent { size, .. } = url {
+        return Err(Failure::usage(format!(
+            "--device {}: coherent memory is mapped in place for one process, by the library; \
+             a program is run with {}, whose pages come home when they are touched",
+            args.device,
+            DeviceUrl::Memory { size }
+        )));
+    }
     if args.ram < FLOOR {
         let why = format!("--ram {} is too little; a program needs {FLOOR} at the least", args.ram);
         return Err(Failure::usage(why));

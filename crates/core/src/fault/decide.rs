@@ -5,13 +5,15 @@
 //! | Empty        | fill with zeros                   | lift            |
 //! | Resident     | fill; if tracked: fetch the copy  | lift            |
 //! | Device       | fetch                             | wake            |
-//! | Coherent     | fetch                             | wake            |
+//! | Coherent     | fill                              | lift            |
 //! | Exclusive    | take back                         | wake            |
 //! | Staged       | take back                         | wake            |
 //! | Moving       | wait (ours, moving out: fill)     | wait            |
 //! | Poisoned     | poison                            | poison          |
 //!
-//! *Resident and absent* happens when the message is older than the page (filling then finds the page
+//! *Coherent and absent* happens as well when the message is older than the mapping, and where the program gave the
+//! page up and nobody told (the signal engine hears of nothing). A *fetch* of a page on a coherent device maps it in
+//! place, where that can be. *Resident and absent* happens when the message is older than the page (filling then finds the page
 //! present and wakes) and in a child after fork, which inherits words a moment newer than its memory; the
 //! device page of a tracked word still has the contents then. *Write-protected but not in RAM* means that
 //! the page left after the message was sent: the woken thread faults again and finds it absent.
@@ -60,13 +62,14 @@ pub const fn decide(access: Access, word: PageWord, ours: bool) -> Action {
             let moving_out = matches!(word.kind(), Some(Kind::Out));
             if absent && ours && moving_out { Action::Fill } else { Action::Wait }
         }
-        State::Empty | State::Resident if !absent => Action::Lift,
+        State::Empty | State::Resident | State::Coherent if !absent => Action::Lift,
         State::Empty => Action::Fill,
         State::Resident if word.is_tracked() => Action::Fetch,
         State::Resident => Action::Fill,
         _ if !absent => Action::Wake,
+        State::Coherent => Action::Fill,
         State::Staged | State::Exclusive => Action::TakeBack,
-        State::Device | State::Coherent => Action::Fetch,
+        State::Device => Action::Fetch,
     }
 }
 
@@ -88,6 +91,7 @@ mod tests {
             (PageWord::RESIDENT, Action::Fill, Action::Lift),
             (PageWord::tracked(pfn), Action::Fetch, Action::Lift),
             (PageWord::device(pfn), Action::Fetch, Action::Wake),
+            (PageWord::coherent(pfn), Action::Fill, Action::Lift),
             (PageWord::staged(slot), Action::TakeBack, Action::Wake),
             (PageWord::staged(slot).with_writing(true), Action::TakeBack, Action::Wake),
             (PageWord::exclusive(slot), Action::TakeBack, Action::Wake),

@@ -54,6 +54,10 @@ impl<H: Host> Mm<H> {
             let filled = n < done.get();
             let left = self.table.entry(page).leave(if filled { PageWord::EMPTY } else { *was });
             self.after_leave(page, left.wake);
+            if filled {
+                // A page that was mapped in place, and given up without a word to us.
+                self.free(*was);
+            }
         }
         Step::Done(match resolution {
             // Already there, or not ours: the thread's next attempt tells.

@@ -7,7 +7,7 @@ use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
 use super::resolve::{Resolution, Step};
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
-use crate::pagetable::PageWord;
+use crate::pagetable::{PageWord, State};
 use crate::stats::Counter;
 
 /// The most pages that one store opens for writing.
@@ -19,7 +19,11 @@ impl<H: Host> Mm<H> {
     pub(super) fn lift(&self, page: Vpn, word: PageWord) -> Step {
         let _layout = self.layout.read(&self.host);
         let claim = |page: Vpn, word: PageWord| {
-            self.table.entry(page).exchange(word, PageWord::filling().with_pinned(word.is_pinned())).is_ok()
+            let claim = match (word.state(), word.pfn()) {
+                (State::Coherent, Some(pfn)) => PageWord::moving_in(pfn).claimed_from(word),
+                _ => PageWord::filling().with_pinned(word.is_pinned()),
+            };
+            self.table.entry(page).exchange(word, claim).is_ok()
         };
         if !claim(page, word) {
             return Step::Again;
@@ -44,8 +48,10 @@ impl<H: Host> Mm<H> {
         let progress = self.host.write_protect(range, false);
         let lifted = progress.stop != Stop::Pending;
         for (page, word) in range.iter().zip(was) {
-            let left = self.table.entry(page).leave(if lifted { word.without_copy() } else { word });
-            if lifted {
+            // What is mapped in place has no copy.
+            let parted = lifted && word.state() != State::Coherent;
+            let left = self.table.entry(page).leave(if parted { word.without_copy() } else { word });
+            if parted {
                 self.free(word);
             }
             self.after_leave(page, left.wake);

@@ -60,6 +60,10 @@ impl<H: Host> Mm<H> {
         loop {
             let word = entry.load();
             let step = match decide(fault.access, word, fault.ours) {
+                Action::Fill if word.state() == State::Coherent && self.is_present(page) => {
+                    self.host.wake(VaRange::page(page));
+                    Step::Done(Resolution::Resolved(PageCount::ZERO))
+                }
                 Action::Fill => self.fill(page, word, fault.access, scratch),
                 Action::Fetch if word.state() == State::Resident && self.is_present(page) => {
                     // The message of a second thread, which another one's transfer has answered.
@@ -69,7 +73,10 @@ impl<H: Host> Mm<H> {
                 Action::Fetch => {
                     let asked = self.windows.on_fault(page);
                     let tracked = fault.access == Access::Read && self.tracks(page);
-                    self.fetch(page, word, asked, tracked, scratch)
+                    match self.remap(page, word, PageCount::ONE) {
+                        Some(step) => step,
+                        None => self.fetch(page, word, asked, tracked, scratch),
+                    }
                 }
                 Action::TakeBack => {
                     self.windows.passed(page);
@@ -95,8 +102,9 @@ impl<H: Host> Mm<H> {
         }
     }
 
-    /// Brings home the pages of `range` that are on a device or lent to one, window by window, ahead of any fault. Returns
-    /// how many came; stops early when frames run out or events are pending.
+    /// Brings home the pages of `range` that are on a device or lent to one, window by window, ahead of any fault; those
+    /// of coherent devices are mapped where they are. Returns how many came; stops early when frames run out or events
+    /// are pending.
     pub fn prefetch(&self, range: VaRange, scratch: &mut Scratch) -> PageCount {
         let mut home = PageCount::ZERO;
         let mut rest = Some(range);
@@ -107,7 +115,9 @@ impl<H: Host> Mm<H> {
             if matches!(word.state(), State::Device | State::Staged | State::Exclusive) {
                 let room = PageCount::new(CHUNK_PAGES - page.in_chunk());
                 let most = part.pages().at_most(room).at_most(MAX_WINDOW);
-                let done = if word.state() == State::Device {
+                let done = if let Some(step) = self.remap(page, word, most) {
+                    step
+                } else if word.state() == State::Device {
                     self.fetch_ahead(page, word, most, self.tracks(page), scratch)
                 } else {
                     self.take_back(page, word, Access::Read)
@@ -124,6 +134,20 @@ impl<H: Host> Mm<H> {
             rest = part.skip(step);
         }
         home
+    }
+
+    /// Maps a page that is on a coherent device in place, and up to `most` with it. `None` where that cannot be: it is
+    /// brought home then.
+    fn remap(&self, page: Vpn, word: PageWord, most: PageCount) -> Option<Step> {
+        if !self.is_mappable(word) {
+            return None;
+        }
+        let progress = self.map_in_place(page, most, None);
+        match progress.stop {
+            _ if !progress.done.is_zero() => Some(Step::Done(Resolution::Resolved(progress.done))),
+            Stop::Pending => Some(Step::Done(Resolution::Pending)),
+            _ => None,
+        }
     }
 
     /// Brings pages that nobody waits for home, up to `most` from `page` on.

@@ -6,6 +6,8 @@
 //!         copied.
 //! Why     nobody waits: a touch brings the page home from where it was, and the change of the word fails. A device
 //!         page is never written while somebody holds it, so that what was copied is what the word names.
+//! Mapped  what is mapped in place on a coherent device is taken from the program first, and what is on one in the end
+//!         is mapped in place by who called.
 //! Locks   the layout lock for reading, to get hold of the pages and to change the words; none across a transfer.
 //! Fails   page by page, with a reason; the page then stays where it was, whatever failed (rule R1). A transfer
 //!         of many pages that failed is tried again page by page.
@@ -41,9 +43,12 @@ impl<H: Host> Mm<H> {
         result: &mut Migrated,
     ) {
         let mut held = Vec::with_capacity(range.pages().get());
+        self.take_off_all(range, sources.by, |word| self.is_source(word, to, sources).is_ok());
         let layout = self.layout.read(&self.host);
         for page in range.iter() {
-            match self.hold(page, |word| self.is_source(word, to, sources)) {
+            match self
+                .hold(page, |word| self.is_source(word, to, sources).and_then(|pfn| unmapped(word, pfn)))
+            {
                 Ok(pfn) => held.push((page, pfn)),
                 Err(why) => result.skipped.add(why, 1),
             }
@@ -107,21 +112,25 @@ impl<H: Host> Mm<H> {
         result: &mut Migrated,
     ) {
         // What is one huge page there is one here as well, if there is room for one.
-        let mut huge = if self.is_whole(held) { to.allocate_huge() } else { None };
+        let whole = to.memory().is_none() && self.is_whole(held);
+        let mut huge = if whole { to.allocate_huge() } else { None };
         let mut rest = held;
         while let Some((first, pfn)) = rest.first() {
             let source = self.pagemaps.of(*pfn);
             let most = rest.iter().take(MAX_WINDOW.get());
             let alike = most.take_while(|(_, pfn)| source.range().contains(*pfn)).count();
             let allocated = match &mut huge {
-                Some(pages) => Some(take_first(pages, PageCount::new(alike))),
-                None => to.allocate(PageCount::new(alike)),
+                Some(pages) => Ok(take_first(pages, PageCount::new(alike))),
+                None => self.allocate_backed(to, PageCount::new(alike)),
             };
-            let Some(pages) = allocated else {
-                rest[..alike].iter().for_each(|(_, pfn)| source.put(*pfn));
-                result.skipped.add(Skip::Full, alike);
-                rest = &rest[alike..];
-                continue;
+            let pages = match allocated {
+                Ok(pages) => pages,
+                Err(why) => {
+                    rest[..alike].iter().for_each(|(_, pfn)| source.put(*pfn));
+                    result.skipped.add(why, alike);
+                    rest = &rest[alike..];
+                    continue;
+                }
             };
             let (batch, others) = rest.split_at(pages.pages.get());
             rest = others;
@@ -198,6 +207,11 @@ impl<H: Host> Mm<H> {
             }
         }
     }
+}
+
+/// A page can be held that is not mapped in place, or not any more.
+pub(super) fn unmapped(word: PageWord, pfn: Pfn) -> Result<Pfn, Skip> {
+    if word.state() == State::Coherent { Err(Skip::Busy) } else { Ok(pfn) }
 }
 
 /// Takes the first `count` of `pages`.

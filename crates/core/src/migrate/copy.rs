@@ -85,13 +85,20 @@ impl<H: Host> Mm<H> {
         let mut pieces = Vec::new();
         let mut batch = Vec::new();
         let mut first = 0;
+        let mut why = Skip::Full;
         while first < dirty.len() {
             let side_by_side = (1..)
                 .take_while(|n| {
                     dirty.get(first + n).is_some_and(|slot| slot.get() == dirty[first].get() + *n as u32)
                 })
                 .count();
-            let Some(pages) = to.allocate(PageCount::new(1 + side_by_side)) else { break };
+            let pages = match self.allocate_backed(to, PageCount::new(1 + side_by_side)) {
+                Ok(pages) => pages,
+                Err(reason) => {
+                    why = reason;
+                    break;
+                }
+            };
             let ram = self.slot_address(dirty[first]).get() as *mut u8;
             let ram = NonNull::new(ram).expect("slots have addresses");
             // SAFETY: the slots are owned by the caller and hold frames; faulters only read them.
@@ -99,7 +106,7 @@ impl<H: Host> Mm<H> {
             pieces.push(Piece { first, pages, result: Ok(()) });
             first += pages.pages.get();
         }
-        written.failed.extend(dirty[first..].iter().map(|slot| (*slot, Skip::Full)));
+        written.failed.extend(dirty[first..].iter().map(|slot| (*slot, why)));
         if !batch.is_empty() {
             to.device().write(&mut batch);
         }

@@ -18,8 +18,9 @@ use alloc::vec::Vec;
 use uhmm_addr::{PageCount, Pfn, PfnRange, VaRange, Vpn};
 
 use super::Migrated;
+use super::between::unmapped;
 use crate::fault::{Resolution, Scratch};
-use crate::host::Host;
+use crate::host::{Host, Stop};
 use crate::mm::Mm;
 use crate::pagemap::Pagemap;
 use crate::pagetable::{PageWord, State};
@@ -84,16 +85,20 @@ impl<H: Host> Mm<H> {
         result: &mut Migrated,
     ) {
         let mut held = Vec::with_capacity(part.pages().get());
+        let leaves = |word: PageWord| matches!(self.use_of(word, pages), Use::There(_)) && !word.is_pinned();
+        self.take_off_all(part, None, leaves);
         let layout = self.layout.read(&self.host);
         for page in part.iter() {
             let there = |word| match self.use_of(word, pages) {
-                Use::There(pfn) => Ok(pfn),
+                Use::There(pfn) => unmapped(word, pfn),
                 _ => Err(Skip::Elsewhere),
             };
             held.extend(self.hold(page, there).map(|pfn| (page, pfn)));
         }
         drop(layout);
         self.move_held(&held, to, None, scratch, result);
+        // There, and those that could not leave a coherent device.
+        self.map_all_in_place(part, None);
     }
 
     /// Deals with the first page of `part`, and with those that come with it. Returns how many need no further look.
@@ -128,6 +133,9 @@ impl<H: Host> Mm<H> {
         let word = self.table.entry(page).load();
         match self.use_of(word, pages) {
             Use::None => Step::Done(PageCount::ONE),
+            Use::There(_) if word.state() == State::Coherent => {
+                self.evict_mapped(part, pages, sent_on, result)
+            }
             // What could not be sent on is counted already.
             Use::There(_) if sent_on => Step::Done(PageCount::ONE),
             Use::There(_) => {
@@ -151,6 +159,31 @@ impl<H: Host> Mm<H> {
                 Step::Again(Skip::Elsewhere)
             }
         }
+    }
+
+    /// A page that is mapped in place is taken from the program, and looked at again.
+    fn evict_mapped(&self, part: VaRange, pages: PfnRange, sent_on: bool, result: &mut Migrated) -> Step {
+        let entry = self.table.entry(part.first());
+        let word = entry.load();
+        let there = |page: Vpn| matches!(self.use_of(self.table.entry(page).load(), pages), Use::There(_));
+        let why = if word.is_pinned() {
+            Skip::Pinned
+        } else if sent_on {
+            // It was tried.
+            Skip::Busy
+        } else {
+            let most = PageCount::new(1 + part.iter().skip(1).take_while(|page| there(*page)).count());
+            let progress = self.take_off(part.first(), most, None);
+            match progress.stop {
+                _ if !progress.done.is_zero() || entry.load() != word => return Step::Again(Skip::Raced),
+                Stop::Pending => return self.pause(Skip::Changed),
+                Stop::Busy => Skip::Busy,
+                _ if self.take_off(part.first(), PageCount::ONE, None).done.is_zero() => Skip::Refused,
+                _ => return Step::Again(Skip::Raced),
+            }
+        };
+        result.skipped.add(why, 1);
+        Step::Done(PageCount::ONE)
     }
 
     fn bring_home(

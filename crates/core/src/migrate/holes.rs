@@ -84,9 +84,12 @@ impl<H: Host> Mm<H> {
     ) {
         let mut rest = Some(hole);
         while let Some(part) = rest {
-            let Some(pages) = to.allocate(part.pages()) else {
-                result.skipped.add(Skip::Full, part.pages().get());
-                return;
+            let pages = match self.allocate_backed(to, part.pages()) {
+                Ok(pages) => pages,
+                Err(why) => {
+                    result.skipped.add(why, part.pages().get());
+                    return;
+                }
             };
             let here = part.take(pages.pages);
             rest = part.skip(pages.pages);

@@ -22,7 +22,8 @@ impl<H: Host> Mm<H> {
         skipped: &mut Skipped,
     ) -> Option<PageCount> {
         let Job { since, to, select, by, .. } = *job;
-        let huge = self.huge.as_ref()?;
+        // The memory of a coherent device is in small pages.
+        let huge = self.huge.as_ref().filter(|_| to.memory().is_none())?;
         if chunk.pages().get() < CHUNK_PAGES || !self.host.is_huge(chunk) {
             return None;
         }

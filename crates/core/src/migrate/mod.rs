@@ -19,7 +19,7 @@
 //!         for the price of a move, and [`Mm::write_back`] sends it on later.
 //! Others  [`Mm::migrate_from`] selects by owner, as the kernel does ([`Sources`]): `holes` get pages without a
 //!         copy, pages on one device go to another in `between`; `evict` empties a device; `lend` gives pages in RAM
-//!         to a device alone. What the kernel does
+//!         to a device alone; `in_place` maps the pages of coherent devices. What the kernel does
 //!         beside each, and the tests, are in `docs/migration.md`.
 //! Locks   the layout lock for reading from collect to the end of isolate, and in commit; none during copy.
 //! Fails   page by page, with a reason ([`Skip`]); partial success is normal.
@@ -66,6 +66,7 @@ mod copy;
 mod evict;
 mod holes;
 mod huge;
+mod in_place;
 mod isolate;
 mod lend;
 mod staged;
@@ -159,6 +160,9 @@ impl<H: Host> Mm<H> {
         let mut result = Migrated::default();
         for chunk in range.chunks() {
             self.migrate_present(chunk, &Job { since, to, select, by: None, zeros: false }, &mut result);
+            if to.memory().is_some() {
+                self.map_all_in_place(chunk, None);
+            }
         }
         self.stats.skip(&result.skipped);
         result
@@ -188,6 +192,10 @@ impl<H: Host> Mm<H> {
                 } else {
                     self.migrate_home(part_alike, since, to, sources, &mut result);
                 }
+            }
+            // Those that came to a coherent device, and those that could not leave one.
+            if to.memory().is_some() || sources.coherent.is_some() {
+                self.map_all_in_place(chunk, sources.by);
             }
         }
         self.stats.skip(&result.skipped);

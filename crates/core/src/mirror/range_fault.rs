@@ -287,6 +287,9 @@ impl<H: Host> Mm<H> {
                     State::Empty | State::Resident if word.is_discarded() => PageView::Absent,
                     State::Empty | State::Resident => continue,
                     State::Poisoned => PageView::Error(Unusable::Poisoned),
+                    // What could be mapped in place is brought there by being asked for; in a mapping that may not be
+                    // written it cannot.
+                    State::Device if rights.write && self.is_mappable(word) => PageView::Absent,
                     State::Device => match word.pfn() {
                         Some(pfn) if request.is_own(self.pagemaps.of(pfn)) => {
                             PageView::Device { pfn, write: rights.write }
@@ -299,7 +302,13 @@ impl<H: Host> Mm<H> {
                         }
                         _ => PageView::Absent,
                     },
-                    State::Coherent | State::Staged | State::Moving => PageView::Absent,
+                    State::Coherent => match (word.pfn(), *view) {
+                        (Some(pfn), PageView::Ram { write, .. }) => {
+                            PageView::Coherent { owner: self.pagemaps.of(pfn).owner(), pfn, write }
+                        }
+                        _ => PageView::Absent,
+                    },
+                    State::Staged | State::Moving => PageView::Absent,
                 };
             }
         }

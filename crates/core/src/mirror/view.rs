@@ -7,6 +7,8 @@
 
 use uhmm_addr::{Geometry, Pfn, VaRange, VirtAddr, Vpn};
 
+use crate::notifier::Owner;
+
 /// Why a page cannot be had, whatever is asked (the kernel's `HMM_PFN_ERROR`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Unusable {
@@ -47,6 +49,16 @@ pub enum PageView {
         /// mirror's lock held.
         at: VirtAddr,
     },
+    /// On a coherent device, mapped in place: reached at its own address, by the program and by every device. A driver
+    /// knows its own pages by the owner, and may go past the page table for them.
+    Coherent {
+        /// Whose page it is.
+        owner: Owner,
+        /// Which one.
+        pfn: Pfn,
+        /// A store needs nothing of the space.
+        write: bool,
+    },
     /// Never to be had.
     Error(Unusable),
 }
@@ -54,15 +66,20 @@ pub enum PageView {
 impl PageView {
     /// Whether the page can be read where it is (`HMM_PFN_VALID`).
     pub const fn is_valid(self) -> bool {
-        matches!(self, Self::Ram { .. } | Self::Zeros | Self::Device { .. } | Self::Exclusive { .. })
+        match self {
+            Self::Ram { .. } | Self::Zeros | Self::Device { .. } => true,
+            Self::Coherent { .. } | Self::Exclusive { .. } => true,
+            Self::Absent | Self::Error(_) => false,
+        }
     }
 
     /// Whether it can be written where it is (`HMM_PFN_WRITE`).
     pub const fn may_write(self) -> bool {
-        matches!(
-            self,
-            Self::Ram { write: true, .. } | Self::Device { write: true, .. } | Self::Exclusive { .. }
-        )
+        match self {
+            Self::Ram { write, .. } | Self::Device { write, .. } | Self::Coherent { write, .. } => write,
+            Self::Exclusive { .. } => true,
+            Self::Zeros | Self::Absent | Self::Error(_) => false,
+        }
     }
 
     /// Whether it is the caller's alone.

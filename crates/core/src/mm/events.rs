@@ -160,9 +160,11 @@ impl<H: Host> Mm<H> {
         progress
     }
 
-    /// The program forks: pages of `range` are shared with the child from now on, and replaced when written.
+    /// The program forks: pages of `range` are shared with the child from now on, and replaced when written. Those that
+    /// are mapped in place are ordinary memory of both from now on.
     pub fn forked(&self, _layout: &WriteGuard<'_, H>, range: VaRange) {
-        drop(self.tell(range, Event::ProtectPage));
+        let _told = self.tell(range, Event::ProtectPage);
+        self.let_go(range);
     }
 
     /// The words of a page in the child of a fork, made from the parent's under the layout lock: `copy` is
@@ -191,6 +193,8 @@ impl<H: Host> Mm<H> {
             (State::Moving, _) => word.pfn().map_or(PageWord::EMPTY, PageWord::device),
             (State::Empty, _) if word.is_discarded() => PageWord::EMPTY.with_discarded(),
             (State::Empty, _) => PageWord::EMPTY,
+            // The kernel has shared its frame.
+            (State::Coherent, _) => PageWord::RESIDENT,
             (State::Resident, _) => word.pfn().map_or(PageWord::RESIDENT, PageWord::tracked),
             (State::Poisoned, _) => PageWord::POISONED,
             _ => word.pfn().map_or(PageWord::EMPTY, PageWord::device),

@@ -10,6 +10,7 @@
 //! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
 //!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile.
+//!         A coherent device's memory is its own, and stays with it.
 //! Locks   none: one atomic per page and one per group.
 //! Fails   a full device gives no page. A count that would fall below zero is a bug and panics in debug
 //!         builds; release builds leave the page allocated, which loses space and never data.
@@ -25,11 +26,11 @@ use alloc::sync::Arc;
 use core::fmt;
 use core::sync::atomic::AtomicBool;
 
-use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange};
+use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange, VaRange};
 
 pub use descriptors::{DescriptorMemory, GROUP_PAGES};
 
-use crate::device::{Device, DevicePage};
+use crate::device::{Device, DevicePage, MemoryType};
 use crate::notifier::Owner;
 use crate::sync::{AtomicUsize, Ordering};
 use descriptors::Descriptors;
@@ -39,6 +40,8 @@ pub struct Pagemap {
     start: Pfn,
     device: Arc<dyn Device>,
     owner: Owner,
+    // Where a coherent device's pages lie while they are not mapped in place.
+    memory: Option<VaRange>,
     descriptors: Descriptors,
     // Whether this process gives no page out.
     stopped: AtomicBool,
@@ -80,7 +83,10 @@ impl Pagemap {
         // No two ranges of a space begin at one pfn, and every process that has the pagemap has the same one.
         let owner = Owner(Owner::FIRST_OWN | start.get());
         let (stopped, cursor) = (AtomicBool::new(false), AtomicUsize::new(0));
-        Self { start, device, owner, descriptors, stopped, cursor }
+        let coherent = device.memory_type() == MemoryType::Coherent;
+        let memory = device.memory().filter(|_| coherent).map(|memory| memory.range());
+        debug_assert!(memory.is_none_or(|memory| memory.pages() == device.capacity()));
+        Self { start, device, owner, memory, descriptors, stopped, cursor }
     }
 
     /// The same, as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
@@ -107,6 +113,17 @@ impl Pagemap {
     /// The device's own number for `pfn`.
     pub fn device_page(&self, pfn: Pfn) -> DevicePage {
         DevicePage(pfn.since(self.start).get() as u64)
+    }
+
+    /// The memory of a device whose pages are mapped in place.
+    pub const fn memory(&self) -> Option<VaRange> {
+        self.memory
+    }
+
+    /// Where these pages lie while they are not mapped in place, on a device whose pages can be.
+    pub(crate) fn place(&self, pages: PfnRange) -> Option<VaRange> {
+        let memory = self.memory?;
+        Some(memory.skip(PageCount::new(self.index(pages.start)))?.take(pages.pages))
     }
 
     /// Pages in use, by every process that shares the descriptors.
@@ -186,6 +203,8 @@ impl Pagemap {
     /// Returns the pages given back. Not for fault handlers: it waits for the medium.
     pub fn trim(&self, most: usize) -> PageCount {
         let mut pages = PageCount::ZERO;
+        // A coherent device's memory was lent by nobody.
+        let most = if self.memory.is_some() { 0 } else { most };
         for _ in 0..most {
             let Some(group) = self.descriptors.guard_idle_group() else { break };
             let first = group * GROUP_PAGES;

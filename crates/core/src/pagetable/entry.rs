@@ -65,6 +65,7 @@ impl<'t> Entry<'t> {
                 _ if !discarded => next,
                 // The page is still there, and the kernel may be yet to take it away.
                 Some(Kind::Out) => PageWord::EMPTY.with_discarded(),
+                Some(Kind::In) if next.state() == State::Coherent => PageWord::EMPTY.with_discarded(),
                 _ => PageWord::EMPTY,
             };
             let next = next.with_pinned(pinned);

@@ -25,7 +25,7 @@ pub enum State {
     Empty = 0,
     /// In RAM, brought home by us. Payload: if tracked, the device page that still equals it.
     Resident = 1,
-    /// On a private device; a touch brings it home. Payload: its pfn.
+    /// On a device, and absent; a touch brings it home, or maps it in place. Payload: its pfn.
     Device = 2,
     /// On a coherent device, mapped in place. Payload: its pfn.
     Coherent = 3,
@@ -99,9 +99,14 @@ impl PageWord {
         self.0
     }
 
-    /// On the private device page `pfn`.
+    /// On the device page `pfn`, and absent.
     pub const fn device(pfn: Pfn) -> Self {
         Self::of(State::Device, pfn.get())
+    }
+
+    /// On the coherent device page `pfn`, mapped in place.
+    pub const fn coherent(pfn: Pfn) -> Self {
+        Self::of(State::Coherent, pfn.get())
     }
 
     /// In RAM, write-protected, and equal to the device page `pfn`.

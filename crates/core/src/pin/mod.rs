@@ -1,6 +1,7 @@
 //! Pins: pages that stay in RAM because somebody outside counts on them where they are.
 //!
 //! What    [`Mm::pin`] brings the pages of a range home and makes them unmovable; [`Mm::unpin`] ends that.
+//!         [`Mm::pin_in_place`] lets pages that a coherent device has mapped stay there.
 //!         [`Mm::pins`] lists who holds what, and where in the source it was taken.
 //! Why     buffers that a device, io_uring or a driver transfers to and from behind the page table's back. The kernel
 //!         has `pin_user_pages` (FOLL_PIN) for it; it refuses to move such pages as well, but only tells after
@@ -8,7 +9,8 @@
 //! How     a flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
 //!         the flag as long as any holder's range has the page.
 //! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
-//! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight. A
+//! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight, and the
+//!         locks under which a page is taken from where a coherent device has it mapped. A
 //!         flag is set outside of it, after its holder is on the list: who clears sees the holder or comes before it.
 //! Fails   with a [`PinError`]; then nothing is pinned, though some pages may have come home.
 
@@ -39,6 +41,9 @@ pub enum PinError {
     /// Not managed, or not mapped any more.
     #[error("there is no managed page at {0}")]
     Unmanaged(VirtAddr),
+    /// The page is on a coherent device and cannot leave it: somebody else has pinned it there.
+    #[error("the page at {0} is held on its device")]
+    Busy(VirtAddr),
     /// The mapping cannot be written to.
     #[error("{0} cannot be pinned for writing: it cannot be written to")]
     ReadOnly(VaRange),
@@ -51,6 +56,15 @@ pub enum PinFor {
     Read,
     /// Others write to them.
     Write,
+}
+
+/// How long a pin is to last, as far as the pages of coherent devices are concerned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PinTerm {
+    /// As long as its holder likes: in RAM, so that the device can be emptied (`FOLL_LONGTERM`).
+    Long,
+    /// A transfer: where the page is mapped.
+    Short,
 }
 
 /// A range that is pinned. To be given back to [`Mm::unpin`].
@@ -69,6 +83,8 @@ pub struct Holder {
     pub range: VaRange,
     /// What for.
     pub purpose: PinFor,
+    /// How long.
+    pub term: PinTerm,
     /// Where it was taken.
     pub place: &'static Location<'static>,
 }
@@ -95,13 +111,38 @@ impl<H: Host> Mm<H> {
     /// shared since a fork become the process's own. To be called with no lock held.
     #[track_caller]
     pub fn pin(&self, range: VaRange, purpose: PinFor, scratch: &mut Scratch) -> Result<Pin, PinError> {
+        self.pin_for(range, purpose, PinTerm::Long, scratch)
+    }
+
+    /// As [`Mm::pin`], for a while: pages that are mapped in place on a coherent device stay there (`pin_user_pages`
+    /// without `FOLL_LONGTERM`).
+    #[track_caller]
+    pub fn pin_in_place(
+        &self,
+        range: VaRange,
+        purpose: PinFor,
+        scratch: &mut Scratch,
+    ) -> Result<Pin, PinError> {
+        self.pin_for(range, purpose, PinTerm::Short, scratch)
+    }
+
+    /// As [`Mm::pin`] or [`Mm::pin_in_place`], by `term`.
+    #[track_caller]
+    pub fn pin_for(
+        &self,
+        range: VaRange,
+        purpose: PinFor,
+        term: PinTerm,
+        scratch: &mut Scratch,
+    ) -> Result<Pin, PinError> {
         let number = self.pins.next.fetch_add(1, Ordering::Relaxed);
-        let holder = Holder { number, range, purpose, place: Location::caller() };
+        let holder = Holder { number, range, purpose, term, place: Location::caller() };
         self.pins.holders.lock(&self.host).push(holder);
         let pin = Pin { number, range };
         // From here on nothing leaves; what is leaving is waited for.
         self.set_pinned(range, true);
-        match self.bring_pinned(range, purpose, scratch).and_then(|()| self.own_pinned(range, purpose)) {
+        let brought = self.bring_pinned(range, purpose, term, scratch);
+        match brought.and_then(|()| self.own_pinned(range, purpose)) {
             Ok(()) => Ok(pin),
             Err(error) => {
                 self.unpin(pin);
@@ -132,7 +173,13 @@ impl<H: Host> Mm<H> {
     }
 
     /// Brings the pinned pages of `range` home, each in a state in which it can be used for `purpose`.
-    fn bring_pinned(&self, range: VaRange, purpose: PinFor, scratch: &mut Scratch) -> Result<(), PinError> {
+    fn bring_pinned(
+        &self,
+        range: VaRange,
+        purpose: PinFor,
+        term: PinTerm,
+        scratch: &mut Scratch,
+    ) -> Result<(), PinError> {
         // What can come in large pieces does.
         self.prefetch(range, scratch);
         let mut found = [range; 32];
@@ -141,7 +188,7 @@ impl<H: Host> Mm<H> {
             let (count, end) = self.host.present(part, &mut found);
             for page in part.take(end.since(part.first())).iter() {
                 let present = found[..count].iter().any(|region| region.contains(page));
-                self.bring_pinned_page(page, present, purpose, scratch)?;
+                self.bring_pinned_page(page, present, purpose, term, scratch)?;
             }
             rest = VaRange::of_pages(end, part.end_page().since(end));
         }
@@ -161,11 +208,28 @@ impl<H: Host> Mm<H> {
         }
     }
 
+    /// Takes a page that we have pinned from where it is mapped in place, unless somebody has pinned it there. Under the
+    /// lock of the list: whoever pins it there comes before, and is found, or after, and finds it in RAM.
+    fn take_off_for_pin(&self, page: Vpn) -> Result<(), PinError> {
+        let holders = self.pins.holders.lock(&self.host);
+        if holders.iter().any(|holder| holder.term == PinTerm::Short && holder.range.contains(page)) {
+            return Err(PinError::Busy(page.base()));
+        }
+        match self.take_off_pinned(page).stop {
+            Stop::Busy | Stop::Refused if self.table.entry(page).load().state() == State::Coherent => {
+                Err(PinError::Busy(page.base()))
+            }
+            // Gone, or to be tried again: the next look tells.
+            _ => Ok(()),
+        }
+    }
+
     fn bring_pinned_page(
         &self,
         page: Vpn,
         mut present: bool,
         purpose: PinFor,
+        term: PinTerm,
         scratch: &mut Scratch,
     ) -> Result<(), PinError> {
         let (addr, write) = (page.base(), purpose == PinFor::Write);
@@ -179,6 +243,13 @@ impl<H: Host> Mm<H> {
                 }
                 State::Empty | State::Resident if present && !(write && word.is_tracked()) => return Ok(()),
                 State::Empty | State::Resident if present => Access::WriteProtected,
+                State::Coherent if present && term == PinTerm::Short => return Ok(()),
+                State::Coherent if present => {
+                    self.take_off_for_pin(page)?;
+                    self.wait_for_events();
+                    present = false;
+                    continue;
+                }
                 _ if write => Access::Write,
                 _ => Access::Read,
             };

@@ -14,7 +14,10 @@ use rustix::io::Errno;
 /// # Safety
 /// The call with these arguments must be one that the caller may make: memory that the kernel reads or writes
 /// must be the caller's, and what it changes about the process must break nobody's assumptions.
-pub(crate) unsafe fn syscall(number: u32, args: [usize; 5]) -> Result<usize, Errno> {
+pub(crate) unsafe fn syscall<const N: usize>(number: u32, given: [usize; N]) -> Result<usize, Errno> {
+    const { assert!(N <= 6, "a system call has six arguments at the most") };
+    let mut args = [0; 6];
+    args[..N].copy_from_slice(&given);
     let result: isize;
     // SAFETY: the system call instruction clobbers rax, rcx and r11, all named; it needs no stack. What the
     // kernel does is the caller's promise. Memory is not declared untouched.
@@ -27,6 +30,7 @@ pub(crate) unsafe fn syscall(number: u32, args: [usize; 5]) -> Result<usize, Err
             in("rdx") args[2],
             in("r10") args[3],
             in("r8") args[4],
+            in("r9") args[5],
             lateout("rcx") _,
             lateout("r11") _,
             options(nostack),

@@ -97,7 +97,10 @@ pub struct Bed {
 impl Bed {
     /// A bed as `setup` says, all its memory mapped and absent.
     pub fn new(setup: Setup) -> Self {
+        let other = FakeDevice::new(PageCount::new(setup.other));
+        let other = Arc::new(other.with_memory_type(setup.other_type).with_link(setup.linked));
         let host = SimHost::new(PageCount::new(setup.huge_slots * CHUNK_PAGES + setup.slots));
+        let host = host.with_device((setup.other_type == MemoryType::Coherent).then(|| other.bytes()));
         if !setup.can_move {
             host.forbid_move();
         }
@@ -107,8 +110,6 @@ impl Bed {
         let slots = host.arena().skip(huge_pages).expect("a bed has 4 KiB slots");
         let reads = Arc::new(Mutex::new(Reads::default()));
         let device = device(PageCount::new(setup.device), reads.clone(), setup.linked);
-        let other = FakeDevice::new(PageCount::new(setup.other));
-        let other = Arc::new(other.with_memory_type(setup.other_type).with_link(setup.linked));
         let mut pagemap = Pagemap::new(Pfn::new(1 << 20), device.clone());
         let mut other_map = Pagemap::new(Pfn::new(1 << 30), other.clone());
         if setup.shared_owner {

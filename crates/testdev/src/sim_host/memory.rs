@@ -7,7 +7,7 @@ use uhmm_addr::{PAGE_SIZE, PageCount, VaRange, VirtAddr};
 
 /// Zeroed, page-aligned memory at a multiple of 2 MiB.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     base: NonNull<u8>,
     layout: Layout,
 }
@@ -18,7 +18,7 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    pub(super) fn new(pages: PageCount) -> Self {
+    pub(crate) fn new(pages: PageCount) -> Self {
         let layout =
             Layout::from_size_align(pages.bytes().max(PAGE_SIZE), 2 << 20).expect("a size that exists");
         // SAFETY: the layout is not empty.
@@ -26,17 +26,17 @@ impl Memory {
         Self { base: NonNull::new(base).expect("memory for a test"), layout }
     }
 
-    pub(super) const fn base(&self) -> NonNull<u8> {
+    pub(crate) const fn base(&self) -> NonNull<u8> {
         self.base
     }
 
-    pub(super) fn range(&self) -> VaRange {
+    pub(crate) fn range(&self) -> VaRange {
         VaRange::new(VirtAddr::of(self.base.as_ptr()), self.layout.size()).expect("whole pages")
     }
 
     /// The number of the page at `address`, counted from the first.
-    pub(super) fn index(&self, address: VirtAddr) -> usize {
-        assert!(self.range().contains(address.page()), "{address} is no arena slot");
+    pub(crate) fn index(&self, address: VirtAddr) -> usize {
+        assert!(self.range().contains(address.page()), "{address} lies elsewhere");
         address.page().since(self.range().first()).get()
     }
 
@@ -47,7 +47,7 @@ impl Memory {
     }
 
     /// What page `index` holds. The page must have no other user at the time.
-    pub(super) fn read(&self, index: usize) -> Box<[u8]> {
+    pub(crate) fn read(&self, index: usize) -> Box<[u8]> {
         let mut bytes = vec![0; PAGE_SIZE].into_boxed_slice();
         // SAFETY: both are a page long and apart; slots have one owner, who called.
         unsafe { self.page(index).as_ptr().copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE_SIZE) };
@@ -55,7 +55,7 @@ impl Memory {
     }
 
     /// Overwrites page `index`. The page must have no other user at the time.
-    pub(super) fn write(&self, index: usize, bytes: &[u8]) {
+    pub(crate) fn write(&self, index: usize, bytes: &[u8]) {
         assert_eq!(bytes.len(), PAGE_SIZE);
         // SAFETY: both are a page long and apart; slots have one owner, who called.
         unsafe { self.page(index).as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), PAGE_SIZE) };

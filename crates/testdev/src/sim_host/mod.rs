@@ -3,20 +3,20 @@
 //! What     [`SimHost`], an address space in plain RAM behind the port [`Host`]; [`Program`], which touches it
 //!          and lets faults be resolved; [`Bed`], one of each with a device, ready for a test.
 //! Why      "what if exactly this call fails, and an event waits just now" can be asked of every call.
-//! Owns     the arena, which is real memory, since devices copy from and to it; the program's addresses are
-//!          numbers.
+//! Owns     the arena, which is real memory, since devices copy from and to it, as is a coherent device's memory, where
+//!          what was moved away leaves garbage behind; the program's addresses are numbers.
 //! Locks    one, inside every call; never while an event is delivered.
 //! Fails    when told to ([`SimHost::fail_nth`]), with nothing done; and as the kernel does: for pages that are
 //!          there already, holes, pinned pages, read-only mappings, and while an event waits to be read.
 
 mod bed;
-mod memory;
+pub(crate) mod memory;
 mod program;
 mod state;
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use uhmm_addr::{CHUNK_PAGES, PAGE_SIZE, PageCount, VaRange, VirtAddr, Vpn};
@@ -28,7 +28,7 @@ pub use program::{Killed, Program, deliver};
 pub use state::{Event, Trap};
 
 use memory::Memory;
-use state::{Area, Page, State, is_chunk, page_of, value_of};
+use state::{Area, Page, Slots, State, is_chunk, page_of, value_of};
 
 type Reader = Box<dyn Fn() + Send + Sync>;
 type Hook = Box<dyn FnOnce() + Send>;
@@ -36,6 +36,8 @@ type Hook = Box<dyn FnOnce() + Send>;
 /// The simulated host.
 pub struct SimHost {
     arena: Memory,
+    /// The memory of a coherent device.
+    device: Option<Arc<Memory>>,
     state: Mutex<State>,
     reader: OnceLock<Reader>,
     after_copy_out: Mutex<Option<Hook>>,
@@ -53,11 +55,36 @@ impl SimHost {
     pub fn new(arena: PageCount) -> Self {
         Self {
             arena: Memory::new(arena),
+            device: None,
             state: Mutex::default(),
             reader: OnceLock::new(),
             after_copy_out: Mutex::new(None),
             parked: (Mutex::default(), Condvar::new()),
         }
+    }
+
+    /// The same, with the memory of a coherent device, in which there is no frame.
+    pub(crate) fn with_device(self, device: Option<Arc<Memory>>) -> Self {
+        Self { device, ..self }
+    }
+
+    /// The memory in which `address` lies, and which of the two it is.
+    fn slots_at(&self, address: VirtAddr) -> (&Memory, Slots) {
+        match &self.device {
+            Some(device) if device.range().contains(address.page()) => (device, Slots::Device),
+            _ => (&self.arena, Slots::Arena),
+        }
+    }
+
+    /// Whether the page of a coherent device's memory has a frame; `None` for any other page.
+    fn is_backed(&self, state: &State, page: Vpn) -> Option<bool> {
+        let device = self.device.as_ref().filter(|device| device.range().contains(page))?;
+        Some(state.slots(Slots::Device).contains(&device.index(page.base())))
+    }
+
+    /// Frames in the memory of the coherent device.
+    pub fn device_frames(&self) -> usize {
+        self.lock().slots(Slots::Device).len()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -283,15 +310,16 @@ impl Host for SimHost {
             // As in the kernel, which looks at both ends before it moves anything.
             return Progress::stopped(PageCount::ZERO, Stop::Refused);
         }
-        let first = self.arena.index(slot);
-        let huge = is_chunk(range) && slot.is_aligned_to(CHUNK_PAGES * PAGE_SIZE);
+        let (memory, slots) = self.slots_at(slot);
+        let first = memory.index(slot);
+        let huge = is_chunk(range) && slots == Slots::Arena && slot.is_aligned_to(CHUNK_PAGES * PAGE_SIZE);
         let huge = huge && state.huge.contains(&range.first().chunk());
         let progress = state.each(range, |state, page, n| {
             let area = state.area(page).ok_or(Stop::Unmapped)?;
             if state.plan.no_move || area.read_only {
                 return Err(Stop::Refused);
             }
-            if state.framed.contains(&(first + n)) {
+            if state.slots(slots).contains(&(first + n)) {
                 return Err(Stop::Present);
             }
             match state.pages.get(&page) {
@@ -301,8 +329,8 @@ impl Host for SimHost {
             }
             state.split_huge(page);
             let moved = state.pages.remove(&page).ok_or(Stop::Hole)?;
-            self.arena.write(first + n, &moved.bytes);
-            state.framed.insert(first + n);
+            memory.write(first + n, &moved.bytes);
+            state.slots_mut(slots).insert(first + n);
             Ok(())
         });
         if huge && progress.is_complete() {
@@ -316,19 +344,27 @@ impl Host for SimHost {
         if let Err(progress) = state.enter(true) {
             return progress;
         }
-        let first = self.arena.index(slot);
+        let (memory, slots) = self.slots_at(slot);
+        let first = memory.index(slot);
         let progress = state.each(range, |state, page, n| {
             if state.plan.no_move {
                 return Err(Stop::Refused);
             }
             state.vacant(page, true)?;
-            if !state.framed.remove(&(first + n)) {
+            if !state.slots_mut(slots).remove(&(first + n)) {
                 return Err(Stop::Hole);
             }
-            state.pages.insert(page, Page::of(self.arena.read(first + n)));
+            state.pages.insert(page, Page::of(memory.read(first + n)));
+            if slots == Slots::Device {
+                memory.write(first + n, &[0xdb; PAGE_SIZE]);
+            }
             Ok(())
         });
-        if state.huge_frames.remove(&(first / CHUNK_PAGES)) && progress.is_complete() && is_chunk(range) {
+        if slots == Slots::Arena
+            && state.huge_frames.remove(&(first / CHUNK_PAGES))
+            && progress.is_complete()
+            && is_chunk(range)
+        {
             state.huge.insert(range.first().chunk());
         }
         progress
@@ -358,16 +394,17 @@ impl Host for SimHost {
         if let Err(progress) = state.enter(true) {
             return progress;
         }
-        let first = self.arena.index(slot);
+        let (memory, slots) = self.slots_at(slot);
+        let first = memory.index(slot);
         let progress = state.each(range, |state, page, n| {
             state.area(page).ok_or(Stop::Unmapped)?;
-            if state.framed.contains(&(first + n)) {
+            if state.slots(slots).contains(&(first + n)) {
                 return Err(Stop::Present);
             }
             let source = state.pages.entry(page).or_insert_with(|| Page::of(page_of(0)));
-            self.arena.write(first + n, &source.bytes);
+            memory.write(first + n, &source.bytes);
             state.copied_out += 1;
-            state.framed.insert(first + n);
+            state.slots_mut(slots).insert(first + n);
             Ok(())
         });
         drop(state);
@@ -384,6 +421,12 @@ impl Host for SimHost {
             return progress;
         }
         state.each(range, |state, page, _| {
+            if let Some(backed) = self.is_backed(state, page) {
+                let (memory, slots) = self.slots_at(page.base());
+                memory.write(memory.index(page.base()), &page_of(0));
+                state.slots_mut(slots).insert(memory.index(page.base()));
+                return if backed { Err(Stop::Present) } else { Ok(()) };
+            }
             state.vacant(page, false)?;
             state.pages.insert(page, Page::of(page_of(0)));
             Ok(())
@@ -428,6 +471,14 @@ impl Host for SimHost {
     fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
         let state = self.lock();
         let mut filled = 0;
+        if self.is_backed(&state, range.first()).is_some() {
+            for page in range.iter().filter(|page| self.is_backed(&state, *page) == Some(true)) {
+                let Some(place) = found.get_mut(filled) else { return (filled, page) };
+                *place = VaRange::page(page);
+                filled += 1;
+            }
+            return (filled, range.end_page());
+        }
         for (page, _) in state.pages.range(range.first()..range.end_page()) {
             if filled == found.len() {
                 return (filled, *page);
@@ -441,7 +492,11 @@ impl Host for SimHost {
     fn holes(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
         let state = self.lock();
         let mut filled = 0;
-        for page in range.iter().filter(|page| state.vacant(*page, false).is_ok()) {
+        let is_hole = |page: &Vpn| match self.is_backed(&state, *page) {
+            Some(backed) => !backed,
+            None => state.vacant(*page, false).is_ok(),
+        };
+        for page in range.iter().filter(is_hole) {
             if filled == found.len() {
                 return (filled, page);
             }
@@ -488,7 +543,12 @@ impl Host for SimHost {
     unsafe fn release(&self, runs: &[VaRange]) {
         let mut state = self.lock();
         for slot in runs.iter().flat_map(|run| run.iter()) {
-            let index = self.arena.index(slot.base());
+            let (memory, slots) = self.slots_at(slot.base());
+            let index = memory.index(slot.base());
+            if slots == Slots::Device {
+                state.slots_mut(slots).remove(&index);
+                continue;
+            }
             state.framed.remove(&index);
             state.huge_frames.remove(&(index / CHUNK_PAGES));
         }

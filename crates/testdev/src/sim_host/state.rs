@@ -51,6 +51,14 @@ impl Page {
     }
 }
 
+/// Memory of ours in which frames lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Slots {
+    Arena,
+    /// That of a coherent device.
+    Device,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     /// Calls up to and with the one that fails, and how.
@@ -69,6 +77,8 @@ pub(super) struct State {
     /// Arena pages with a frame, and arena chunks whose frame is a huge one.
     pub(super) framed: BTreeSet<usize>,
     pub(super) huge_frames: BTreeSet<usize>,
+    /// Pages of a coherent device's memory with a frame.
+    pub(super) device_frames: BTreeSet<usize>,
     pub(super) events: VecDeque<Event>,
     pub(super) plan: Plan,
     /// Pages that were copied into the arena.
@@ -89,6 +99,21 @@ impl State {
             return Err(Progress::stopped(PageCount::ZERO, Stop::Pending));
         }
         Ok(())
+    }
+
+    /// Which pages of this memory have a frame.
+    pub(super) const fn slots(&self, slots: Slots) -> &BTreeSet<usize> {
+        match slots {
+            Slots::Arena => &self.framed,
+            Slots::Device => &self.device_frames,
+        }
+    }
+
+    pub(super) const fn slots_mut(&mut self, slots: Slots) -> &mut BTreeSet<usize> {
+        match slots {
+            Slots::Arena => &mut self.framed,
+            Slots::Device => &mut self.device_frames,
+        }
     }
 
     /// Does `step` for the pages of `range` until one of them stops it. As in the kernel, a call that got

@@ -67,11 +67,7 @@ impl Inner {
             }
         };
         loop {
-            while self.managed.is_away(range) {
-                if mm.prefetch(range, &mut scratch).is_zero() {
-                    std::thread::yield_now();
-                }
-            }
+            self.managed.bring_range_home(range, &mut scratch);
             let layout = mm.lock_layout();
             if self.managed.is_away(range) {
                 continue;

@@ -46,6 +46,7 @@ pub enum SpaceError {
 
 /// What to build a [`Space`] from.
 #[must_use]
+#[derive(Clone)]
 pub struct Builder {
     ram: Option<ByteSize>,
     engine: Engine,
@@ -72,7 +73,8 @@ impl Builder {
         self
     }
 
-    /// Adds a device; the first is number 0.
+    /// Adds a device; the first is number 0. A coherent one is in one space at a time, and needs a kernel that moves
+    /// frames (Linux 6.8); its pages are mapped in place.
     pub fn device(mut self, device: Arc<dyn Device>) -> Self {
         self.devices.push((device, None));
         self

@@ -75,7 +75,9 @@ impl SpaceGauge {
         let mut pages = PageCount::ZERO;
         let mut at = Vpn::new(0);
         while let Some((range, _)) = self.managed.range_from(at) {
-            pages = pages.plus(self.managed.present(range));
+            // What a coherent device has is none of the budget's.
+            let present = self.managed.present(range).minus(self.managed.mapped_in_place(range));
+            pages = pages.plus(present);
             at = range.end_page();
         }
         pages

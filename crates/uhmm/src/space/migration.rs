@@ -117,6 +117,19 @@ impl Space {
         self.move_twice(range, |since| self.inner.managed.mm().migrate(range, since, map, Select::All))
     }
 
+    /// Brings the pages of `range` home that device number `device` has (a driver's migration to system memory), also
+    /// those that a coherent device has mapped in place, which no touch brings home.
+    pub fn recall(&self, range: VaRange, device: usize) -> Result<Migrated, MigrateError> {
+        let map = self.pagemap(device)?;
+        let (mut scratch, _buffer) = Managed::scratch().map_err(|_| MigrateError::NoMemory)?;
+        let _blocked = Blocked::all();
+        let managed = &self.inner.managed;
+        if !managed.range_from(range.first()).is_some_and(|(known, _)| known.encloses(range)) {
+            return Err(MigrateError::Unmanaged(range));
+        }
+        Ok(managed.mm().evict_pfns(range, map.range(), None, &mut scratch))
+    }
+
     /// Moves pages, and once more after those that a child shares have become this process's own.
     fn move_twice(
         &self,

@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use uhmm_addr::VaRange;
-use uhmm_core::pin::{Holder, Pin, PinError, PinFor};
+use uhmm_core::pin::{Holder, Pin, PinError, PinFor, PinTerm};
 use uhmm_sys::signals::Blocked;
 
 use super::Space;
@@ -66,6 +66,19 @@ impl Space {
     /// ```
     #[track_caller]
     pub fn pin(&self, range: VaRange, purpose: PinFor) -> Result<Pinned, PinError> {
+        self.pin_for(range, purpose, PinTerm::Long)
+    }
+
+    /// As [`Space::pin`], for a transfer: pages that a coherent device has mapped in place stay where they are
+    /// (`pin_user_pages` without `FOLL_LONGTERM`). As long as the result lives they cannot be pinned for longer, which
+    /// would move them to RAM: [`PinError::Busy`].
+    #[track_caller]
+    pub fn pin_in_place(&self, range: VaRange, purpose: PinFor) -> Result<Pinned, PinError> {
+        self.pin_for(range, purpose, PinTerm::Short)
+    }
+
+    #[track_caller]
+    fn pin_for(&self, range: VaRange, purpose: PinFor, term: PinTerm) -> Result<Pinned, PinError> {
         let managed = &self.inner.managed;
         if !managed.range_from(range.first()).is_some_and(|(known, _)| known.encloses(range)) {
             return Err(PinError::Unmanaged(range.start()));
@@ -75,7 +88,7 @@ impl Space {
         let blocked = Blocked::all();
         let start = Instant::now();
         let pin = loop {
-            match managed.mm().pin(range, purpose, &mut scratch) {
+            match managed.mm().pin_for(range, purpose, term, &mut scratch) {
                 Ok(pin) => break pin,
                 Err(PinError::Starved(_)) if start.elapsed() < PATIENCE => managed.wait_for_room(NAP),
                 Err(PinError::Pending(_)) if start.elapsed() < PATIENCE => std::thread::sleep(NAP),

@@ -21,6 +21,8 @@ pub struct Residency {
     pub device: PageCount,
     /// In RAM, lent to a device, which alone may touch them: a touch of the program ends that.
     pub exclusive: PageCount,
+    /// Of those on a device, the ones that the program can touch at once: a coherent device has them mapped in place.
+    pub mapped: PageCount,
     /// Nowhere yet: never touched, or given up. They read as zeros.
     pub absent: PageCount,
     /// Lost by a device.
@@ -38,20 +40,33 @@ impl Managed {
                 let count = match self.mm().table().entry(page).load().state() {
                     State::Empty | State::Resident => continue,
                     State::Staged | State::Moving => &mut found.staged,
-                    State::Device | State::Coherent => &mut found.device,
+                    State::Device => &mut found.device,
                     State::Exclusive => &mut found.exclusive,
+                    State::Coherent => {
+                        add(&mut found.mapped, 1);
+                        &mut found.device
+                    }
                     State::Poisoned => &mut found.poisoned,
                 };
                 add(count, 1);
                 away += 1;
             }
         }
-        found.resident = self.present(range);
+        found.resident = self.present(range).minus(found.mapped);
         found.absent = range.pages().minus(found.resident).minus(PageCount::new(away));
         found
     }
 
-    /// Pages of `range` that are in RAM.
+    /// Pages of `range` that coherent devices have mapped in place.
+    pub fn mapped_in_place(&self, range: VaRange) -> PageCount {
+        if self.mm().pagemaps().iter().all(|map| map.memory().is_none()) {
+            return PageCount::ZERO;
+        }
+        let words = self.mm().table().used(range).flat_map(|part| self.mm().table().words(part));
+        PageCount::new(words.filter(|word| word.state() == State::Coherent).count())
+    }
+
+    /// Pages of `range` that are present.
     pub fn present(&self, range: VaRange) -> PageCount {
         let mut regions = [uhmm_sys::scan::Region::UNUSED; 32];
         let mut pages = PageCount::ZERO;
