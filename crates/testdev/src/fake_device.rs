@@ -79,8 +79,8 @@ impl FakeDevice {
         Self { linked, ..self }
     }
 
-    /// The same device, seen by the CPU in this way. The pages of a coherent one are where a simulated host that knows
-    /// [its memory](FakeDevice::bytes) has frames.
+    /// The same device, seen by the CPU in this way. Where the pages of a coherent one have frames is up to the simulated
+    /// host that knows its memory.
     #[must_use]
     pub fn with_memory_type(self, memory_type: MemoryType) -> Self {
         Self { memory_type, ..self }
