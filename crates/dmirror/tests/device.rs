@@ -522,7 +522,11 @@ fn two_handles_and_two_nodes(setup: Setup) {
                 for _ in 0..100 {
                     let part = part(range, random.below(PAGES / 2), 1 + random.below(PAGES / 2));
                     match random.below(4) {
-                        0 => assert!(matches!(to_device(handle, part), Ok(_) | Err(Error::NotThere))),
+                        0 => match to_device(handle, part) {
+                            // Busy: for a second the others were always faster.
+                            Ok(_) | Err(Error::NotThere | Error::Busy) => {}
+                            Err(error) => panic!("{error}"),
+                        },
                         1 => _ = handle.migrate_to_system(part).unwrap(),
                         2 => assert_eq!(look(handle, part).len(), part.pages().get()),
                         _ => {

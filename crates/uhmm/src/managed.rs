@@ -346,7 +346,16 @@ impl Managed {
         let mut ranges = self.ranges.lock();
         // What the program has unmapped meanwhile.
         ranges.list.retain(|(range, since)| since.is_none_or(|since| !self.mm.changed_since(since, *range)));
-        ranges.put(range, Some(since));
+        // Neighbours become one: whoever asks about all of it finds it watched, however many watch parts of it. None of
+        // them has changed up to now, so that the moment is right for all.
+        let mut whole = range;
+        for (known, _) in ranges.list.iter().filter(|(_, since)| since.is_some()) {
+            if known.first() <= whole.end_page() && whole.first() <= known.end_page() {
+                let (first, end) = (known.first().min(whole.first()), known.end_page().max(whole.end_page()));
+                whole = VaRange::page(first).grow(end.since(first));
+            }
+        }
+        ranges.put(whole, Some(since));
         Ok(())
     }
 
