@@ -88,7 +88,7 @@ impl MappingRights {
 
     /// Calls `f` for every mapping of `range`, whole, in order. Each is what it was at one moment, and no two of them
     /// leave a hole between them that was none: mappings that are split and joined meanwhile do not fall out, as they
-    /// may where the list is read.
+    /// may where the list is read. One that was joined with the one before it meanwhile begins where that one began.
     pub fn entries(&self, range: VaRange, mut f: impl FnMut(MapEntry<'_>)) -> io::Result<()> {
         if !self.fallback.load(Ordering::Relaxed) {
             match self.ask_for_entries(range, &mut f) {

@@ -63,10 +63,14 @@ impl Space {
     /// If the list cannot be read.
     pub fn mappings(&self, range: VaRange) -> io::Result<Vec<ProgramMapping>> {
         let mut found = Vec::new();
+        let mut rest = Some(range);
         self.inner.managed.mm().host().rights().entries(range, |entry| {
-            if let Some(common) = entry.range.intersect(range) {
+            // One that was joined with the one before it since that was told begins there.
+            let Some(left) = rest else { return };
+            if let Some(common) = entry.range.intersect(left) {
                 let kind = kind_of(&entry, common);
                 found.push(ProgramMapping { range: common, read: entry.read, write: entry.write, kind });
+                rest = left.skip(common.end_page().since(left.first()));
             }
         })?;
         Ok(found)
