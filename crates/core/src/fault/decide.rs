@@ -13,10 +13,10 @@
 //!
 //! *Coherent and absent* happens as well when the message is older than the mapping, and where the program gave the
 //! page up and nobody told (the signal engine hears of nothing). A *fetch* of a page on a coherent device maps it in
-//! place, where that can be. *Resident and absent* happens when the message is older than the page (filling then finds the page
-//! present and wakes) and in a child after fork, which inherits words a moment newer than its memory; the
-//! device page of a tracked word still has the contents then. *Write-protected but not in RAM* means that
-//! the page left after the message was sent: the woken thread faults again and finds it absent.
+//! place, where that can be. *Resident and absent* happens when the message is older than the page (filling then
+//! finds the page present and wakes) and in a child after fork, which inherits words a moment newer than its memory;
+//! the device page of a tracked word still has the contents then. *Write-protected but not in RAM* means that the
+//! page left after the message was sent: the woken thread faults again and finds it absent.
 
 use crate::pagetable::{Kind, PageWord, State};
 

@@ -197,7 +197,8 @@ impl<H: Host> Mm<H> {
     // --- the second way: copy out behind a write protection ------------------------------------------------
 
     /// Copies the claimed, write-protected pages of `range` (the first `protected`) into the slots of `run`
-    /// and discards them; pages that are the page of zeros only if `zeros` says so. The layout lock is not held: the discard raises an event that somebody must read.
+    /// and discards them; pages that are the page of zeros only if `zeros` says so. The layout lock is not held:
+    /// the discard raises an event that somebody must read.
     fn copy_out<'m>(
         &'m self,
         range: VaRange,
