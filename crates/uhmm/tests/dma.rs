@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use common::{PAGE, Setup, WORDS, check, fill, memory, part, word};
+use common::{PAGE, Setup, WORDS, check, eventually, fill, memory, part, word};
 use io_uring::{IoUring, opcode, types};
 use uhmm::dma::{DmaAddr, DmaError, Identity, Iommu, IommuError};
 use uhmm::mirror::{MirrorError, RangeFaultError};
@@ -167,6 +167,8 @@ fn a_space_with_a_limit_evicts_what_is_mapped(setup: Setup) {
     let space = setup.builder().device(memory(ByteSize::mib(16))).ram(ByteSize::mib(1)).build().unwrap();
     let mut buffer = space.map::<u64>(pages * WORDS).unwrap();
     fill(&mut buffer, 4);
+    // From when on the limit is kept.
+    eventually(|| space.residency(buffer.range()).resident.get() < pages / 2);
     let ring = Ring::new();
     let mirror = space.dma_mirror(buffer.range(), ring.clone()).unwrap();
     for first in (0..pages).step_by(run) {

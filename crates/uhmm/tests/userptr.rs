@@ -153,6 +153,8 @@ fn more_than_may_be_resident_never_comes_to_rest(setup: Setup) {
     let space = setup.builder().device(memory(ByteSize::mib(16))).ram(ByteSize::mib(1)).build().unwrap();
     let mut buffer = space.map::<u64>(pages * WORDS).unwrap();
     fill(&mut buffer, 6);
+    // From when on the limit is kept.
+    eventually(|| space.residency(buffer.range()).resident.get() < pages / 2);
     let mut job = space.userptr(buffer.range()).unwrap();
     assert!(matches!(job.get_pages(Want::Write).err(), Some(RangeFaultError::TimedOut(_))));
     // A part that fits does.
