@@ -7,7 +7,7 @@ mod common;
 use bed::{NODES, PAGES, bytes, look, machine, pages, pattern, read, to_device, words};
 use common::{Memory, PAGE, Setup, check, fill, part};
 use rustix::mm::MprotectFlags;
-use uhmm::{ByteSize, Counter, PageCount, PinFor};
+use uhmm::{ByteSize, PageCount, PinFor};
 use uhmm_dmirror::{Dmirror, Error, Node};
 
 with_engine!(Threads, threads_move, threads_fallback:
@@ -34,10 +34,10 @@ fn coherent_pages_are_touched_in_place(setup: Setup) {
     fill(memory.words_mut(0, PAGES), 31);
     check(&to_device(&handle, range).unwrap(), 31);
     assert_eq!(machine.device_pages(NODES[2]), pages(PAGES));
-    let faults = machine.space().count(Counter::Faults);
+    let faults = common::faults(machine.space());
     check(memory.words(0, PAGES), 31);
     fill(memory.words_mut(0, PAGES), 32);
-    assert_eq!(machine.space().count(Counter::Faults), faults, "touched where they are");
+    assert_eq!(common::faults(machine.space()), faults, "touched where they are");
     let (found, missed) = read(&handle, range).unwrap();
     assert_eq!(missed, 0);
     check(&found, 32);

@@ -81,11 +81,11 @@ fn migrate(setup: Setup) {
     let done = space.migrate_to(buffer.range(), 1).unwrap();
     assert_eq!((done.moved.get(), done.skipped.total()), (PAGES, 0), "{done:?}");
     expect_in_place(&space, buffer.range(), PAGES);
-    let before = space.count(Counter::Faults);
+    let before = common::faults(&space);
     check(&buffer, 1);
     fill(&mut buffer, 2);
     check(&buffer, 2);
-    assert_eq!(space.count(Counter::Faults), before, "a touch in place raises no fault");
+    assert_eq!(common::faults(&space), before, "a touch in place raises no fault");
     expect_in_place(&space, buffer.range(), PAGES);
     let done = space.recall(buffer.range(), 1).unwrap();
     assert_eq!((done.moved.get(), done.skipped.total()), (PAGES, 0), "{done:?}");
@@ -130,9 +130,9 @@ fn migrate_mixed(setup: Setup) {
     let done = space.migration(low).private(private).to(1).run().unwrap();
     assert_eq!((done.moved.get(), done.direct.get()), (PAGES / 2, PAGES / 2), "{done:?}");
     expect_in_place(&space, buffer.range(), PAGES);
-    let faults = space.count(Counter::Faults);
+    let faults = common::faults(&space);
     check(&buffer, 3);
-    assert_eq!(space.count(Counter::Faults), faults);
+    assert_eq!(common::faults(&space), faults);
     let done = space.migration(high).private(place).run().unwrap();
     assert_eq!(done.skipped.get(Skip::Unselected), PAGES as u64 / 2, "{done:?}");
     let done = space.migration(high).coherent(place).run().unwrap();
@@ -176,11 +176,11 @@ fn migrate_holes(setup: Setup) {
         let done = space.migration(buffer.range()).to(1).run().unwrap();
         assert_eq!((done.moved.get(), done.holes.get()), (PAGES, PAGES), "{done:?}");
         expect_in_place(&space, buffer.range(), PAGES);
-        let faults = space.count(Counter::Faults);
+        let faults = common::faults(&space);
         assert!(buffer.iter().all(|word| *word == 0), "round {round}: what others left there");
         fill(&mut buffer, round);
         check(&buffer, round);
-        assert_eq!(space.count(Counter::Faults), faults);
+        assert_eq!(common::faults(&space), faults);
         assert_eq!(space.recall(buffer.range(), 1).unwrap().moved.get(), PAGES);
         check(&buffer, round);
         // Device pages with old contents are what the next buffer's holes get.

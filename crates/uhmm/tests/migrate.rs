@@ -87,9 +87,9 @@ fn migrate_release(setup: Setup) {
     assert_eq!(space.migrate(buffer.range()).unwrap().moved, ALL);
     assert_eq!(space.prefetch(buffer.range()).unwrap(), ALL);
     expect_places(&space, buffer.range(), PAGES, 0);
-    let faults = space.count(Counter::Faults);
+    let faults = common::faults(&space);
     check(&buffer, 4);
-    assert_eq!(space.count(Counter::Faults), faults, "nothing is left to fault on");
+    assert_eq!(common::faults(&space), faults, "nothing is left to fault on");
     assert_eq!(space.prefetch(buffer.range()).unwrap(), PageCount::ZERO);
     // The device's pages can be used again.
     assert_eq!(space.migrate(buffer.range()).unwrap().moved, ALL);
@@ -185,9 +185,9 @@ fn adoption_ends_with_every_page_home(setup: Setup) {
     drop(adopted);
     assert_eq!(space.device_pages(0), Some(PageCount::ZERO));
     assert_eq!(space.migrate(memory.range()), Err(MigrateError::Unmanaged(memory.range())));
-    let faults = space.count(Counter::Faults);
+    let faults = common::faults(&space);
     check(memory.words(0, PAGES), 8);
-    assert_eq!(space.count(Counter::Faults), faults);
+    assert_eq!(common::faults(&space), faults);
     // It can be adopted again, and by another space.
     let other = setup.space(ByteSize::mib(8));
     let adopted = memory.adopt(&other);
@@ -283,7 +283,7 @@ fn a_window_brings_neighbours(setup: Setup) {
     let home = space.count(Counter::MovedIn);
     buffer[512 * WORDS] = word(10, 512 * WORDS);
     eventually(|| space.count(Counter::MovedIn) - home == 16);
-    let faults = space.count(Counter::Faults);
+    let faults = common::faults(&space);
     check(&buffer, 10);
     assert!(space.count(Counter::Faults) - faults <= PAGES as u64 / 16);
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use uhmm::managed::BuildError;
 use uhmm::space::{Adoption, Builder, Residency, SpaceError};
-use uhmm::{ByteSize, Device, Engine, FileDevice, MemDevice, PageCount, Space, VaRange, VirtAddr};
+use uhmm::{ByteSize, Counter, Device, Engine, FileDevice, MemDevice, PageCount, Space, VaRange, VirtAddr};
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;
@@ -234,6 +234,17 @@ pub(crate) fn expect_places(space: &Space, range: VaRange, resident: usize, devi
 /// the handler has noted that.
 pub(crate) fn settle(space: &Space, range: VaRange) {
     eventually(|| space.residency(range).staged.is_zero());
+}
+
+/// Faults so far, when those that threads have left behind are counted: a handler counts after it has woken them.
+pub(crate) fn faults(space: &Space) -> u64 {
+    loop {
+        let seen = space.count(Counter::Faults);
+        std::thread::sleep(Duration::from_millis(20));
+        if space.count(Counter::Faults) == seen {
+            return seen;
+        }
+    }
 }
 
 /// Waits for what another thread is about to do. The watchdog limits it.
