@@ -12,6 +12,7 @@ const MIGRATE_TO_DEV: u32 = 0xc028_4802;
 const MIGRATE_TO_SYS: u32 = 0xc028_4803;
 const SNAPSHOT: u32 = 0xc028_4804;
 const EXCLUSIVE: u32 = 0xc028_4805;
+const CHECK_EXCLUSIVE: u32 = 0xc028_4806;
 const RELEASE: u32 = 0xc028_4807;
 const PAGES: usize = 4;
 
@@ -97,7 +98,6 @@ fn what_cannot_be_asked() {
             }
         }
         assert_eq!(serve(handle, READ + 8, &mut command(addr, ptr, 1)), Err(libc::EINVAL));
-        assert_eq!(serve(handle, EXCLUSIVE, &mut command(addr, ptr, 1)), Err(libc::EOPNOTSUPP));
         let nowhere = command::serve(handle, READ, VirtAddr::new(16)).map_err(|Errno(number)| number);
         assert_eq!(nowhere, Err(libc::EFAULT));
     });
@@ -128,10 +128,16 @@ fn answers_and_counts() {
         assert_eq!(ask(RELEASE, into_at), Ok((0, 0)));
         assert_eq!(ask(READ, into_at), Ok((pages, 1)));
         assert_eq!(seen(), from);
+        assert_eq!(ask(EXCLUSIVE, into_at), Ok((pages, 0)));
+        assert_eq!(seen(), from);
+        assert_eq!(ask(CHECK_EXCLUSIVE, into_at), Err(libc::EPERM));
+        uhmm_dmirror::load(VirtAddr::new(program.addr() as usize), &mut vec![0; into.len()]).unwrap();
+        assert_eq!(ask(CHECK_EXCLUSIVE, into_at), Ok((0, 0)));
         // Nowhere to put what was read, or nothing to write.
         assert_eq!(ask(READ, 16), Err(libc::EFAULT));
         assert_eq!(ask(WRITE, 16), Err(libc::EFAULT));
         program.protect(libc::PROT_READ);
+        assert_eq!(ask(EXCLUSIVE, into_at), Err(libc::EBUSY));
         assert_eq!(ask(WRITE, from_at), Err(libc::EPERM));
         program.protect(libc::PROT_NONE);
         assert_eq!(ask(READ, into_at), Err(libc::EFAULT));
