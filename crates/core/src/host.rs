@@ -90,6 +90,8 @@ pub struct Rights {
     pub write: bool,
     /// What is written is everybody's: not a private mapping.
     pub shared: bool,
+    /// There is a file behind it, or shared memory: some of its pages may be that one's own.
+    pub file: bool,
 }
 
 /// Neighbouring pages that are there and alike.
@@ -104,7 +106,8 @@ pub struct Mapped {
     pub huge: bool,
     /// The page of zeros that everybody shares.
     pub zero: bool,
-    /// A file's own page, or shared memory's: in a private mapping, the first store replaces it.
+    /// A file's own page, or shared memory's: in a private mapping, the first store replaces it. Told where it was
+    /// asked for.
     pub file: bool,
 }
 
@@ -176,8 +179,9 @@ pub trait Host: Park {
     fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn);
 
     /// The pages of `range` that a load finds without a fault, zeros included, in order, into `found`. Returns how
-    /// many entries were filled and the page up to which was looked, as [`Host::present`].
-    fn mapped(&self, range: VaRange, found: &mut [Mapped]) -> (usize, Vpn);
+    /// many entries were filled and the page up to which was looked, as [`Host::present`]. Whether they are a file's is
+    /// told if `files`: the system looks at every page for that.
+    fn mapped(&self, range: VaRange, files: bool, found: &mut [Mapped]) -> (usize, Vpn);
 
     /// Has pages of `range` there as a load, or a store, to each would (`MADV_POPULATE_READ`, `_WRITE`): from the
     /// system's own swap, or instead of the page of zeros. To be called with no lock held: where pages are absent

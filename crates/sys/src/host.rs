@@ -356,19 +356,17 @@ impl Host for LinuxHost {
 
     /// Where the page map cannot be read, nothing is known to be there. Without `PAGEMAP_SCAN` the page of zeros looks
     /// like any other, and nothing is huge.
-    fn mapped(&self, range: VaRange, found: &mut [Mapped]) -> (usize, Vpn) {
-        const THERE: Query = Query {
+    fn mapped(&self, range: VaRange, files: bool, found: &mut [Mapped]) -> (usize, Vpn) {
+        let always = Categories::WRITTEN.union(Categories::ZERO).union(Categories::HUGE);
+        let there = Query {
             required: Categories::PRESENT,
             excluded: Categories::NONE,
             any: Categories::NONE,
-            report: Categories::WRITTEN
-                .union(Categories::ZERO)
-                .union(Categories::HUGE)
-                .union(Categories::FILE),
+            report: if files { always.union(Categories::FILE) } else { always },
         };
         let mut regions = [Region::UNUSED; 32];
         let most = found.len().min(regions.len());
-        let Ok(scanned) = self.scanner.scan(range, THERE, &mut regions[..most]) else {
+        let Ok(scanned) = self.scanner.scan(range, there, &mut regions[..most]) else {
             return (0, range.end_page());
         };
         for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {

@@ -171,6 +171,7 @@ impl MappingRights {
                 read: answer.vma_flags & uapi::MAPPING_READABLE != 0,
                 write: answer.vma_flags & uapi::MAPPING_WRITABLE != 0,
                 shared: answer.vma_flags & uapi::MAPPING_SHARED != 0,
+                file: answer.inode != 0,
             };
             at = range.end_page();
         }
@@ -183,8 +184,8 @@ impl MappingRights {
             let Some(common) = entry.range.intersect(range) else { return };
             match found.get_mut(filled) {
                 Some(place) => {
-                    let MapEntry { read, write, shared, .. } = entry;
-                    *place = Rights { range: common, read, write, shared };
+                    let MapEntry { read, write, shared, inode, .. } = entry;
+                    *place = Rights { range: common, read, write, shared, file: inode != 0 };
                     filled += 1;
                 }
                 None => _ = end.get_or_insert(common.first()),

@@ -246,7 +246,7 @@ impl<H: Host> Mm<H> {
     fn there(&self, range: VaRange, found: &mut [VaRange; 16]) -> (usize, Vpn) {
         let nothing = Mapped { range, write: false, huge: false, zero: false, file: false };
         let mut mapped = [nothing; 16];
-        let (count, end) = self.host.mapped(range, &mut mapped);
+        let (count, end) = self.host.mapped(range, false, &mut mapped);
         for (place, mapped) in found.iter_mut().zip(&mapped[..count]) {
             *place = mapped.range;
         }

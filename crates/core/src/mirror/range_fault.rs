@@ -29,7 +29,7 @@ const FOUND: usize = 16;
 const SPAN: usize = 16 * CHUNK_PAGES;
 
 const NO_RIGHTS: Rights =
-    Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false };
+    Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false, file: false };
 const NOT_MAPPED: Mapped =
     Mapped { range: VaRange::page(Vpn::new(0)), write: false, huge: false, zero: false, file: false };
 
@@ -255,15 +255,17 @@ impl<H: Host> Mm<H> {
     fn look_at(&self, rights: Rights, request: &Request<'_>, views: &mut [PageView]) -> Seen {
         let _layout = self.layout.read(&self.host);
         let first = rights.range.first();
+        // Where the first store would replace them.
+        let files = rights.file && !rights.shared;
         let mut huge = false;
         let mut found = [NOT_MAPPED; FOUND];
         let mut rest = Some(rights.range);
         while let Some(part) = rest {
-            let (count, end) = self.host.mapped(part, &mut found);
+            let (count, end) = self.host.mapped(part, files, &mut found);
             let mut gap = part.first();
             for mapped in &found[..count] {
                 fill_between(views, first, gap, mapped.range.first(), PageView::Absent);
-                let write = rights.write && mapped.write && (rights.shared || !mapped.file);
+                let write = rights.write && mapped.write && !mapped.file;
                 let view = match mapped.huge {
                     true => PageView::Ram { write, order: Geometry::M2 },
                     false if mapped.zero => PageView::Zeros,

@@ -191,7 +191,7 @@ fn pages_are_told_apart_by_what_a_store_meets() {
         Mapped { range, write, huge: false, zero: first == 1, file: false }
     };
     let mut found = [mapped(0, false); 8];
-    let (count, end) = host.mapped(memory.range(), &mut found);
+    let (count, end) = host.mapped(memory.range(), true, &mut found);
     assert_eq!(end, memory.range().end_page());
     if !host.scanner().is_fallback() {
         // Neighbours that are alike may or may not be one entry; these are not alike.
@@ -199,11 +199,15 @@ fn pages_are_told_apart_by_what_a_store_meets() {
     }
     assert!(host.write_protect(memory.part(3, 1), false).is_complete());
     assert!(host.touch(memory.part(1, 1), true).is_complete());
-    let (count, _) = host.mapped(memory.range(), &mut found);
+    let (count, _) = host.mapped(memory.range(), true, &mut found);
     assert!(found[..count].iter().all(|page| page.write), "{:?}", &found[..count]);
-    let mut rights = [Rights { range: memory.range(), read: false, write: false, shared: false }; 2];
+    let mut rights =
+        [Rights { range: memory.range(), read: false, write: false, shared: false, file: false }; 2];
     assert_eq!(host.mappings(memory.part(1, 2), &mut rights), (1, memory.part(1, 2).end_page()));
-    assert_eq!(rights[0], Rights { range: memory.part(1, 2), read: true, write: true, shared: false });
+    assert_eq!(
+        rights[0],
+        Rights { range: memory.part(1, 2), read: true, write: true, shared: false, file: false }
+    );
 }
 
 #[test]

@@ -16,8 +16,13 @@ fn mixed() -> Memory {
 }
 
 fn expected(memory: &Memory) -> [Rights; 4] {
-    let rights =
-        |first, pages, read, write| Rights { range: memory.part(first, pages), read, write, shared: false };
+    let rights = |first, pages, read, write| Rights {
+        range: memory.part(first, pages),
+        read,
+        write,
+        shared: false,
+        file: false,
+    };
     [
         rights(0, 2, true, true),
         rights(2, 1, true, false),
@@ -30,7 +35,7 @@ fn expected(memory: &Memory) -> [Rights; 4] {
 fn every_mapping_of_a_range_and_no_other() {
     let memory = mixed();
     let rights = MappingRights::open().unwrap();
-    let unused = Rights { range: memory.part(0, 1), read: false, write: false, shared: false };
+    let unused = Rights { range: memory.part(0, 1), read: false, write: false, shared: false, file: false };
     for fallback in [false, true] {
         rights.fallback.store(fallback, Ordering::Relaxed);
         let mut found = [unused; 8];
@@ -52,7 +57,7 @@ fn a_list_goes_on_where_the_room_ended() {
         let mut all = Vec::new();
         let mut rest = Some(memory.range());
         while let Some(part) = rest {
-            let mut found = [Rights { range: part, read: false, write: false, shared: false }];
+            let mut found = [Rights { range: part, read: false, write: false, shared: false, file: false }];
             let (count, end) = rights.list(part, &mut found).unwrap();
             all.extend_from_slice(&found[..count]);
             assert!(end > part.first(), "no progress");

@@ -509,13 +509,14 @@ impl Host for SimHost {
     fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn) {
         let areas = self.areas_in(range);
         for (place, area) in found.iter_mut().zip(&areas) {
-            *place = Rights { range: area.range, read: true, write: !area.read_only, shared: false };
+            *place =
+                Rights { range: area.range, read: true, write: !area.read_only, shared: false, file: false };
         }
         let end = areas.get(found.len()).map_or(range.end_page(), |area| area.range.first());
         (areas.len().min(found.len()), end)
     }
 
-    fn mapped(&self, range: VaRange, found: &mut [Mapped]) -> (usize, Vpn) {
+    fn mapped(&self, range: VaRange, _files: bool, found: &mut [Mapped]) -> (usize, Vpn) {
         let state = self.lock();
         let pages = state.pages.range(range.first()..range.end_page());
         for (filled, (page, what)) in pages.enumerate() {
