@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uhmm::yardstick::{self, SignalFaults, ThreadFaults, pattern, shuffled, touch};
-use uhmm::{Buffer, ByteSize, Counter, Engine, MemDevice, Space};
+use uhmm::{Buffer, ByteSize, Counter, Engine, Geometry, MemDevice, Space};
 
 use super::Measure;
-use super::migrate::{check, mark, send_away};
+use super::migrate::{check, marked, send_away};
 use super::row::{Pair, RowError, Scale, microseconds};
 
 /// A space with a buffer of 4K pages and a device that holds them all.
@@ -15,10 +15,7 @@ pub(crate) fn managed(engine: Engine, size: ByteSize) -> Result<(Space, Buffer<u
     let device = MemDevice::private(size).map_err(RowError::unavailable)?;
     let space = Space::builder().device(Arc::new(device)).engine(engine);
     let space = space.arena(ByteSize::new(2 * size.bytes())).build().map_err(RowError::unavailable)?;
-    let mut buffer =
-        space.map::<u64>(size.bytes() as usize / size_of::<u64>()).map_err(RowError::unavailable)?;
-    buffer.advise_no_huge().map_err(RowError::unavailable)?;
-    mark(&mut buffer);
+    let buffer = marked(&space, size, Geometry::K4)?;
     Ok((space, buffer))
 }
 

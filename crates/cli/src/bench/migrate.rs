@@ -15,11 +15,24 @@ pub(crate) const PAGE: usize = Geometry::K4.bytes();
 pub(crate) const WORDS: usize = PAGE / size_of::<u64>();
 
 /// Writes its pattern into every page.
-pub(crate) fn mark(buffer: &mut Buffer<u64>) {
+fn mark(buffer: &mut Buffer<u64>) {
     for (page, words) in buffer.chunks_exact_mut(WORDS).enumerate() {
         words[0] = pattern(page);
         words[WORDS - 1] = !pattern(page);
     }
+}
+
+/// A buffer whose pages are all there, of one size, and [`mark`]ed.
+pub(crate) fn marked(space: &Space, size: ByteSize, pages: Geometry) -> Result<Buffer<u64>, RowError> {
+    let words = size.bytes() as usize / size_of::<u64>();
+    let huge = pages == Geometry::M2;
+    let buffer = if huge { space.map_huge::<u64>(words) } else { space.map::<u64>(words) };
+    let mut buffer = buffer.map_err(RowError::unavailable)?;
+    if !huge {
+        buffer.advise_no_huge().map_err(RowError::unavailable)?;
+    }
+    mark(&mut buffer);
+    Ok(buffer)
 }
 
 /// Checks that every page holds what [`mark`] wrote.
@@ -69,13 +82,7 @@ pub(crate) fn migrate(
     let space =
         Space::builder().device(Arc::new(device)).huge_pages(huge).arena(ByteSize::new(2 * size.bytes()));
     let space = space.build().map_err(RowError::unavailable)?;
-    let words = size.bytes() as usize / size_of::<u64>();
-    let buffer = if huge { space.map_huge::<u64>(words) } else { space.map::<u64>(words) };
-    let mut buffer = buffer.map_err(RowError::unavailable)?;
-    if !huge {
-        buffer.advise_no_huge().map_err(RowError::unavailable)?;
-    }
-    mark(&mut buffer);
+    let buffer = marked(&space, size, pages)?;
     // The device's memory is of huge pages, where the system has them.
     let (from, to) = if way == Way::Out { (pages, Geometry::M2) } else { (Geometry::M2, pages) };
     let mut copying = Copying::new(size, from, to).map_err(RowError::unavailable)?;

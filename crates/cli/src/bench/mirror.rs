@@ -14,7 +14,7 @@ use uhmm_core::sync::Park;
 use uhmm_sys::scan::{Categories, PagemapScan, Query, Region};
 
 use super::Measure;
-use super::migrate::mark;
+use super::migrate::marked;
 use super::row::{Pair, RowError, Scale};
 
 const SCAN: &str = "PAGEMAP_SCAN of the same pages in one call";
@@ -30,13 +30,7 @@ fn resident(size: ByteSize, pages: Geometry) -> Result<(Space, Buffer<u64>), Row
     let device = MemDevice::private(ByteSize::mib(4)).map_err(RowError::unavailable)?;
     let space = Space::builder().device(Arc::new(device)).huge_pages(huge);
     let space = space.build().map_err(RowError::unavailable)?;
-    let words = size.bytes() as usize / size_of::<u64>();
-    let buffer = if huge { space.map_huge::<u64>(words) } else { space.map::<u64>(words) };
-    let mut buffer = buffer.map_err(RowError::unavailable)?;
-    if !huge {
-        buffer.advise_no_huge().map_err(RowError::unavailable)?;
-    }
-    mark(&mut buffer);
+    let buffer = marked(&space, size, pages)?;
     Ok((space, buffer))
 }
 
