@@ -334,6 +334,15 @@ impl Cpus {
         self
     }
 
+    /// This set less `cpu`.
+    #[must_use]
+    pub fn without(mut self, cpu: u32) -> Self {
+        if (cpu as usize) < CpuSet::MAX_CPU {
+            self.0.unset(cpu as usize);
+        }
+        self
+    }
+
     /// Whether `cpu` is in it.
     pub fn contains(&self, cpu: u32) -> bool {
         (cpu as usize) < CpuSet::MAX_CPU && self.0.is_set(cpu as usize)
@@ -353,6 +362,38 @@ impl Cpus {
 impl core::fmt::Debug for Cpus {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+/// Where a thread may run for the time being, and where otherwise. Used by that thread alone.
+#[derive(Debug)]
+pub struct Binding {
+    free: Option<Cpus>,
+    now: Option<Cpus>,
+}
+
+impl Binding {
+    /// The calling thread's, which is bound to nothing yet.
+    pub fn of_current() -> Self {
+        Self { free: allowed_cpus().ok(), now: None }
+    }
+
+    /// Where the thread may run when it is bound to nothing; `None` if the kernel did not say.
+    pub const fn free(&self) -> Option<&Cpus> {
+        self.free.as_ref()
+    }
+
+    /// Lets the thread run on `cpus` only; on all that it had before if that is `None`. Whether it is bound now: where
+    /// the kernel refuses, the thread stays as it was.
+    pub fn bind(&mut self, cpus: Option<Cpus>) -> bool {
+        if cpus != self.now
+            && let Some(target) = cpus.as_ref().or(self.free.as_ref())
+            && self.free.is_some()
+            && set_affinity_to(target).is_ok()
+        {
+            self.now = cpus;
+        }
+        self.now.is_some()
     }
 }
 

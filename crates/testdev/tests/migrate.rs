@@ -5,6 +5,7 @@ use uhmm_core::device::TransferError;
 use uhmm_core::fault::{Access, Fault, Resolution};
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, WriteBack};
+use uhmm_core::pagetable::reuse::{MOST_LAPS, STEPS};
 use uhmm_core::pagetable::{PageWord, State};
 use uhmm_core::stats::{Counter, Skip, Skipped};
 use uhmm_testdev::sim_host::{Bed, Killed, Setup, deliver, page_at, pages_at};
@@ -159,18 +160,22 @@ fn after_many_busy_pages_the_rest_is_not_tried() {
 }
 
 #[test]
-fn cold_selection_gives_a_second_chance() {
+fn cold_selection_passes_over_what_comes_back_at_once() {
     let bed = Bed::new(Setup::default());
-    bed.fill(0, 4);
-    let _slots = stage(&bed, 0, 4);
-    bed.check(0, 4);
-    // Pages that were taken back once are tried on every other lap, half of them on each.
-    let cold = |lap| bed.mm.migrate(pages_at(0, 4), bed.mm.epoch(), &bed.pagemap, Select::Cold { lap });
-    let first = cold(0);
-    assert_eq!((first.moved.get(), first.skipped.get(Skip::Hot)), (2, 2));
-    assert_eq!(cold(0).moved, PageCount::ZERO);
-    assert_eq!(cold(1).moved.get(), 2);
-    bed.check(0, 4);
+    bed.fill(0, 16);
+    let cold = |first, lap| {
+        bed.mm.migrate(pages_at(first, 4), bed.mm.epoch(), &bed.pagemap, Select::Cold { lap }).moved.get()
+    };
+    let moved = |first| (0..MOST_LAPS).map(|lap| cold(first, lap)).sum::<usize>();
+    assert_eq!(cold(12, 0), 4, "nothing is known of it");
+    for _ in 0..6 {
+        let _slots = stage(&bed, 0, 8);
+        bed.check(0, 8);
+    }
+    assert_eq!((moved(0), moved(4)), (4, 4), "hot pages have their turn within so many laps");
+    bed.check(0, 8);
+    assert!((0..MOST_LAPS).filter(|lap| cold(0, *lap) > 0).count() < 2, "and not more often");
+    bed.check(0, 16);
     bed.check_nothing_leaked();
 }
 
@@ -179,18 +184,18 @@ fn what_comes_back_soon_after_it_left_is_tried_less_often() {
     both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
-        let hot = |n| bed.word(n).heat();
-        assert_eq!(bed.migrate(0, 8).moved.get(), 8);
-        bed.check(0, 2);
-        assert_eq!((hot(0), hot(1)), (2, 2));
-        (0..PageWord::SOON).for_each(|_| bed.mm.grow_older());
-        bed.check(2, 2);
-        assert_eq!((hot(2), hot(3)), (0, 0), "so much was evicted meanwhile that others were needed more");
-        // What nobody touched between two evictions cools down, and is remembered while it is away.
-        assert_eq!(bed.migrate(0, 4).moved.get(), 4);
-        assert_eq!((hot(0), hot(2)), (1, 0));
-        bed.check(0, 8);
-        assert_eq!((hot(0), hot(2)), (3, 2));
+        let tries = |away: usize| {
+            let tried = (0..MOST_LAPS).filter(|lap| {
+                let select = Select::Cold { lap: *lap };
+                let moved = bed.mm.migrate(pages_at(0, 4), bed.mm.epoch(), &bed.pagemap, select).moved;
+                (0..away).for_each(|_| bed.mm.grow_older());
+                bed.check(0, 8);
+                !moved.is_zero()
+            });
+            tried.count()
+        };
+        assert_eq!(tries(STEPS), MOST_LAPS as usize, "each time a whole budget was evicted meanwhile");
+        assert!(tries(1) < MOST_LAPS as usize / 2);
         bed.check_nothing_leaked();
     });
 }

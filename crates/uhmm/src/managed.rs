@@ -163,6 +163,8 @@ pub struct Managed {
     published: Box<[[AtomicUsize; 2]; PUBLISHED]>,
     /// The evictor is asked to look when fewer pages than this may be taken.
     low: AtomicUsize,
+    /// The processor of a handler that must not be held up, plus one; 0 if there is none.
+    busy: AtomicU32,
     // The tables lie in these; dropped after `mm`.
     memory: Vec<Mapping>,
 }
@@ -301,6 +303,7 @@ impl Managed {
             ours: [const { AtomicU32::new(0) }; OURS],
             published: Box::new([const { [const { AtomicUsize::new(0) }; 2] }; PUBLISHED]),
             low: AtomicUsize::new(0),
+            busy: AtomicU32::new(0),
             memory,
         })
     }
@@ -543,6 +546,19 @@ impl Managed {
     /// Has the evictor asked to look when faults may take fewer than `pages` more.
     pub fn set_low_water(&self, pages: PageCount) {
         self.low.store(pages.get(), Ordering::Relaxed);
+    }
+
+    /// A handler on the processor `cpu` waits for a device again and again; or none does any more.
+    pub fn note_busy(&self, cpu: Option<u32>) {
+        let busy = cpu.map_or(0, |cpu| cpu + 1);
+        if self.busy.load(Ordering::Relaxed) != busy {
+            self.busy.store(busy, Ordering::Relaxed);
+        }
+    }
+
+    /// The processor on which who works in the background would delay the answer to every fault.
+    pub fn busy_cpu(&self) -> Option<u32> {
+        self.busy.load(Ordering::Relaxed).checked_sub(1)
     }
 
     /// Asks the evictor to look, if faults have taken most of what they may.

@@ -3,9 +3,8 @@
 //! What    [`Reclaimer`] has the three steps: *stage* pages (a clock over the managed ranges takes present
 //!         pages into the arena), *write back* the oldest staged pages to the device, *release* free frames
 //!         to the system. [`Governor`] decides how much of each, by a budget.
-//! Chance  a page that is touched while it is staged is taken back for the price of a move and marked; the
-//!         clock passes a marked page once. There is no accessed bit to be had from user space for
-//!         anonymous memory on kernels of today; staging is what tells hot pages from cold ones.
+//! Chance  a page that is touched while it is staged is taken back for the price of a move. The clock passes over pages
+//!         that are expected back soon ([`reuse`](uhmm_core::pagetable::reuse)).
 //! Lent    pages that a device has for itself have their turn like others; the device is told, and asks again if it
 //!         needs them. Were they spared, little else would be left to choose from.
 //! Budget  counted is what the gauge counts; faults may take as many pages from the system as are left (the
@@ -25,9 +24,10 @@ use uhmm_core::frame::Slot;
 use uhmm_core::migrate::{Select, WriteBack};
 use uhmm_core::mm::Epoch;
 use uhmm_core::pagemap::Pagemap;
-use uhmm_core::pagetable::PageWord;
+use uhmm_core::pagetable::reuse::{MOST_LAPS, STEPS};
 use uhmm_core::stats::{Skip, Skipped};
 use uhmm_sys::clock::now;
+use uhmm_sys::placement::Binding;
 use uhmm_sys::scan::Region;
 
 use crate::managed::Managed;
@@ -47,8 +47,6 @@ const FASTEST: u64 = 4096;
 const LEAD: Duration = Duration::from_millis(8);
 const SHORTEST_NAP: Duration = Duration::from_millis(1);
 const LONGEST_NAP: Duration = Duration::from_millis(10);
-/// A page of the greatest heat is tried once in 32 laps.
-const MOST_LAPS: u32 = 33;
 
 /// The three steps of eviction.
 #[derive(Debug)]
@@ -94,7 +92,7 @@ impl Reclaimer {
                 rounds += 1;
                 self.lap = self.lap.wrapping_add(1);
                 // Where every page is hot, each has its turn within so many laps.
-                if rounds > MOST_LAPS || self.managed.range_from(Vpn::new(0)).is_none() {
+                if rounds > MOST_LAPS + 1 || self.managed.range_from(Vpn::new(0)).is_none() {
                     break;
                 }
                 self.hand = Vpn::new(0);
@@ -285,6 +283,8 @@ pub struct Governor<G> {
     /// Evicted since the last step of the clock by which evicted pages age.
     evicted: PageCount,
     idle_cycles: u32,
+    /// Where the thread may run; known once it runs.
+    binding: Option<Binding>,
 }
 
 impl<G: Gauge> Governor<G> {
@@ -301,11 +301,12 @@ impl<G: Gauge> Governor<G> {
             highest_low: part(64, 64, 1024),
             pace: Pace::default(),
             least: part(128, 16, 128),
-            second_chance: part(8, 64, 1 << 15),
+            second_chance: part(64, 64, 1 << 15),
             keep: part(128, 16, 512),
             peak: PageCount::ZERO,
             evicted: PageCount::ZERO,
             idle_cycles: 0,
+            binding: None,
         }
     }
 
@@ -333,10 +334,19 @@ impl<G: Gauge> Governor<G> {
         room
     }
 
+    /// Keeps the thread off the processor of a handler that must not be held up, as long as room is not `short`.
+    fn stand_aside(&mut self, short: bool) {
+        let busy = self.reclaimer.managed().busy_cpu().filter(|_| !short);
+        let binding = self.binding.get_or_insert_with(Binding::of_current);
+        let elsewhere = busy.zip(binding.free()).map(|(cpu, free)| free.without(cpu));
+        binding.bind(elsewhere.filter(|cpus| cpus.count() > 0));
+    }
+
     /// Looks once, and evicts until there is room.
     pub fn cycle(&mut self) -> Outcome {
         let mut room = self.room();
         let low = self.pace.lead(room).max(self.lowest_low).at_most(self.highest_low);
+        self.stand_aside(room < self.lowest_low || low == self.highest_low);
         // Where more is taken in the time of a round, more is made room for.
         let high = PageCount::new(low.get() * 8 / 3).max(low.plus(self.least));
         self.reclaimer.managed().set_low_water(low);
@@ -404,8 +414,7 @@ impl<G: Gauge> Governor<G> {
 
     /// `evicted` more pages have left.
     fn grow_older(&mut self, evicted: PageCount) {
-        // A page that comes back before half of the budget has been replaced is a hot one.
-        let step = PageCount::new((self.budget.get() / 2 / usize::from(PageWord::SOON)).max(1));
+        let step = PageCount::new((self.budget.get() / STEPS).max(1));
         self.evicted = self.evicted.plus(evicted);
         while self.evicted >= step {
             self.evicted = self.evicted.minus(step);

@@ -81,7 +81,7 @@ impl<H: Host> Mm<H> {
             let page = page.forward(PageCount::new(n));
             let home = if tracked { PageWord::tracked(*pfn) } else { PageWord::RESIDENT };
             let entry = self.table.entry(page);
-            let left = entry.leave(home.heated_like(entry.load()));
+            let left = entry.leave(home.reused_like(entry.load()));
             debug_assert!(!(tracked && left.discarded), "the layout lock keeps discards out");
             self.after_leave(page, left.wake);
         }

@@ -73,7 +73,7 @@ impl<H: Host> Mm<H> {
             arena.take_copy(index);
         }
         let home = if stop == Stop::Complete { home } else { PageWord::RESIDENT };
-        let left = entry.leave(home.heated_like(word).hotter());
+        let left = entry.leave(home.reused_like(word).hotter());
         drop(layout);
         if !word.is_writing() {
             if let Some(copy) = arena.take_copy(index) {

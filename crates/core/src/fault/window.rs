@@ -65,7 +65,8 @@ impl Stream {
 
     /// The direction in which `page` continues the stream, if it does.
     fn continued_by(self, page: usize, proven: bool) -> Option<Direction> {
-        let reach = self.len.max(SKIP) + 1;
+        // Two pages near each other are no sequence yet; two side by side may be.
+        let reach = if proven { self.len.max(SKIP) + 1 } else { 1 };
         let direction = if page > self.last { Direction::Up } else { Direction::Down };
         let near = page != self.last && page.abs_diff(self.last) <= reach;
         (near && (!proven || direction == self.direction)).then_some(direction)

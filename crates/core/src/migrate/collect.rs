@@ -8,6 +8,7 @@ use crate::frame::{Empty, Framed, Run};
 use crate::host::Host;
 use crate::mm::{Epoch, Mm};
 use crate::notifier::{Event, Owner};
+use crate::pagetable::reuse::{GROUP, laps};
 use crate::pagetable::{Kind, PageWord, State};
 use crate::stats::{Skip, Skipped};
 use crate::sync::ReadGuard;
@@ -19,24 +20,12 @@ use super::BATCH;
 pub enum Select {
     /// Every page in RAM.
     All,
-    /// Pages in RAM that a clock on its `lap`th lap is to try. A page that was taken back `n` times in a row is
-    /// tried on one lap in 2^n: hot pages are not known beforehand (no accessed bit is to be had), but are
-    /// known by coming back.
+    /// Pages in RAM that a clock on its `lap`th lap is to try. The sooner pages are expected back once they are away,
+    /// the more laps it passes over them ([`reuse`](crate::pagetable::reuse)).
     Cold {
         /// Laps of the clock so far.
         lap: u32,
     },
-}
-
-impl Select {
-    /// Whether the page with this word is to be tried.
-    pub(super) const fn takes(self, page: Vpn, word: PageWord) -> bool {
-        match self {
-            Self::All => true,
-            // The page's number spreads the tries of equally hot pages over the laps.
-            Self::Cold { lap } => (page.get() as u32).wrapping_add(lap) & ((1 << word.heat()) - 1) == 0,
-        }
-    }
 }
 
 /// Consecutive pages whose words are claimed, with empty slots to put them in.
@@ -58,6 +47,16 @@ pub struct Collected<'m, H: Host> {
 }
 
 impl<H: Host> Mm<H> {
+    /// Whether `page` is to be tried.
+    pub(super) fn takes(&self, select: Select, page: Vpn) -> bool {
+        let Select::Cold { lap } = select else { return true };
+        let group = VaRange::page(page.back(PageCount::new(page.get() % GROUP))).grow(PageCount::new(GROUP));
+        let now = self.age();
+        let laps = laps(self.table.words(group).map(|word| word.distance(now)).sum());
+        // The group's number spreads the tries of equally hot ones over the laps.
+        ((page.get() / GROUP) as u32).wrapping_add(lap).is_multiple_of(laps)
+    }
+
     /// Claims the first pages of `range` that may leave, as many as lie side by side, up to a batch.
     /// `since` is a moment before which `range` is known to have been registered ([`Mm::epoch`]); pages whose
     /// mapping changed after it are passed over. Returns them, and how many pages of `range` were looked at: the
@@ -96,11 +95,11 @@ impl<H: Host> Mm<H> {
             let entry = self.table.entry(page);
             let word = entry.load();
             // The first one was found willing above; if it changed its mind, the caller comes back to it.
-            if !word.may_leave() || !select.takes(page, word) {
+            if !word.may_leave() || !self.takes(select, page) {
                 break;
             }
             self.arena.note(slot, page, word.pfn());
-            if entry.exchange(word, PageWord::moving_out(slot).heated_like(word)).is_err() {
+            if entry.exchange(word, PageWord::moving_out(slot).reused_like(word)).is_err() {
                 break;
             }
             claimed += 1;
@@ -133,7 +132,7 @@ impl<H: Host> Mm<H> {
             word = entry.load();
         }
         if word.may_leave() {
-            return (!select.takes(page, word)).then_some(Skip::Hot);
+            return (!self.takes(select, page)).then_some(Skip::Hot);
         }
         Some(match word.state() {
             _ if word.is_pinned() => Skip::Pinned,

@@ -54,11 +54,7 @@ impl<H: Host> Mm<H> {
             if word.slot() != Some(slot) {
                 return false;
             }
-            let next = PageWord::device(pfn)
-                .with_pinned(word.is_pinned())
-                .heated_like(word)
-                .cooler()
-                .aged(self.age());
+            let next = PageWord::device(pfn).with_pinned(word.is_pinned()).reused_like(word).aged(self.age());
             if self.table.entry(page).exchange(word, next).is_ok() {
                 return true;
             }

@@ -35,7 +35,7 @@ impl<H: Host> Mm<H> {
             return None;
         }
         let willing =
-            |page, word: PageWord| word.may_leave() && !word.is_tracked() && select.takes(page, word);
+            |page, word: PageWord| word.may_leave() && !word.is_tracked() && self.takes(select, page);
         let claimed = chunk
             .iter()
             .zip(run.slots())

@@ -102,7 +102,7 @@ impl<'m, H: Host> Isolated<'m, H> {
         let mut discarded = PageCount::ZERO;
         for (page, slot) in range.iter().zip(run.slots()) {
             let entry = self.mm.table.entry(page);
-            let left = entry.leave(PageWord::staged(slot).with_writing(true).heated_like(entry.load()));
+            let left = entry.leave(PageWord::staged(slot).with_writing(true).reused_like(entry.load()));
             if left.discarded {
                 discarded = discarded.plus(PageCount::ONE);
             }

@@ -60,7 +60,7 @@ impl<H: Host> Mm<H> {
             if word.slot() != Some(slot) {
                 return false;
             }
-            let lent = PageWord::exclusive(slot).with_pinned(word.is_pinned()).heated_like(word);
+            let lent = PageWord::exclusive(slot).with_pinned(word.is_pinned()).reused_like(word);
             if self.table.entry(page).exchange(word, lent).is_ok() {
                 return true;
             }
@@ -89,7 +89,7 @@ impl<H: Host> Mm<H> {
             let entry = self.table.entry(page);
             let word = entry.load();
             let (State::Exclusive, Some(slot)) = (word.state(), word.slot()) else { continue };
-            if !select.takes(page, word) {
+            if !self.takes(select, page) {
                 continue;
             }
             let layout = self.layout.read(&self.host);
@@ -97,7 +97,7 @@ impl<H: Host> Mm<H> {
                 continue;
             }
             let told = self.tell(VaRange::page(page), Event::Exclusive);
-            let left = entry.leave(PageWord::staged(slot).heated_like(word));
+            let left = entry.leave(PageWord::staged(slot).reused_like(word));
             debug_assert!(!left.discarded, "the layout lock keeps discards out");
             self.after_leave(page, left.wake);
             drop(told);

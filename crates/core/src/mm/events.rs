@@ -109,7 +109,7 @@ impl<H: Host> Mm<H> {
                 let word = match (word.state(), word.slot()) {
                     // Whoever had it was told of the old address only.
                     (State::Exclusive, Some(slot)) => {
-                        PageWord::staged(slot).with_pinned(word.is_pinned()).heated_like(word)
+                        PageWord::staged(slot).with_pinned(word.is_pinned()).reused_like(word)
                     }
                     _ => word,
                 };

@@ -15,6 +15,7 @@
 mod entry;
 #[cfg(all(test, loom))]
 mod loom;
+pub mod reuse;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod word;

@@ -42,7 +42,7 @@ fn words_say_what_they_were_made_of() {
         for word in [word, flagged, PageWord::from_raw(word.raw())] {
             assert_eq!((word.state(), word.kind(), word.pfn(), word.slot()), (state, kind, pfn, slot));
         }
-        assert!(flagged.is_waited() && flagged.heat() == 1 && flagged.is_discarded());
+        assert!(flagged.is_waited() && flagged.reuse() == word.hotter().reuse() && flagged.is_discarded());
         assert!(flagged.is_pinned() && flagged.is_writing());
         assert!(!flagged.may_leave(), "{flagged:?}");
         assert_eq!(word.may_leave(), matches!(state, State::Empty | State::Resident));
@@ -52,26 +52,30 @@ fn words_say_what_they_were_made_of() {
 }
 
 #[test]
-fn a_page_that_comes_back_soon_comes_back_hot() {
+fn a_page_is_expected_back_as_soon_as_it_came_before() {
     let pfn = Pfn::new((1 << Pfn::BITS) - 1);
-    let left = PageWord::device(pfn).hotter().aged(250);
-    assert_eq!((left.pfn(), left.heat()), (Some(pfn), 1));
+    let left = PageWord::device(pfn).aged(250);
     let back = |now| PageWord::moving_in(pfn).claimed_from(left).refaulted(now);
     // The clock goes round in between.
-    for (now, heat) in [(250, 3), (9, 3), (10, 0), (249, 0)] {
-        assert_eq!((back(now).heat(), back(now).pfn()), (heat, Some(pfn)), "{now}");
+    for (now, units) in [(250, 4), (251, 11), (9, 128), (249, 512)] {
+        assert_eq!((back(now).distance(now), back(now).pfn()), (units, Some(pfn)), "{now}");
     }
-    assert_eq!(back(250).refaulted(250).refaulted(250).heat(), 5, "and no hotter");
-    assert_eq!(left.without_past(), PageWord::device(pfn));
-    assert_eq!(PageWord::device(pfn).with_past_of(left), left);
-    assert_eq!((left.cooler().heat(), left.cooler().cooler().heat()), (0, 0));
+    let hot = PageWord::device(pfn).reused_like(back(250)).aged(7);
+    assert_eq!(
+        (hot.distance(7), hot.distance(8), hot.distance(40)),
+        (4, 12, 268),
+        "it stayed away for longer"
+    );
+    assert!(back(9).hotter().distance(9) < back(9).distance(9));
+    assert_eq!(hot.without_past(), PageWord::device(pfn));
+    assert_eq!(PageWord::device(pfn).with_past_of(hot), hot);
 }
 
 #[test]
 fn a_claim_remembers_what_the_page_was() {
     let was = PageWord::tracked(Pfn::new(1)).with_pinned(true).hotter();
     let claim = PageWord::moving_in(Pfn::new(1)).claimed_from(was);
-    assert!(claim.is_pinned() && claim.is_tracked() && claim.heat() == 1);
+    assert!(claim.is_pinned() && claim.is_tracked() && claim.reuse() == was.reuse());
     assert_eq!((claim.kind(), claim.pfn()), (Some(Kind::In), Some(Pfn::new(1))));
 }
 

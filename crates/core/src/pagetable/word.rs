@@ -1,20 +1,22 @@
 //! The page word: everything that is known about one page, in 64 bits.
 //!
 //! ```text
-//!   63  56 55      16 15 14  12 11  10  9   8   7   6   4   3     0
-//!  +------+----------+--+------+------+---+---+---+---+---+--------+
-//!  | age  | payload  | -| heat | kind | W | T | P | D | w | state  |
-//!  +------+----------+--+------+------+---+---+---+---+---+--------+
+//!   63  56 55      16 15   12 11  10  9   8   7   6   4   3     0
+//!  +------+----------+-------+------+---+---+---+---+---+--------+
+//!  | age  | payload  | reuse | kind | W | T | P | D | w | state  |
+//!  +------+----------+-------+------+---+---+---+---+---+--------+
 //! ```
 //!
 //! `w` waited, `D` discarded, `P` pinned, `T` tracked, `W` writing; `kind` says where a moving page comes from,
-//! `heat` how often the page was touched when it had been put out of the way, `age` when it left for the device.
+//! `reuse` how much is evicted before the page is touched again once it is away ([`Reuse`]), `age` when it left for
+//! the device.
 //! The all-zero word is a valid one: [`State::Empty`].
 
 use core::fmt;
 
 use uhmm_addr::Pfn;
 
+use super::reuse::{Reuse, away};
 use crate::frame::Slot;
 
 /// Where a page is (rule R2). Each value, and what the payload holds:
@@ -61,10 +63,8 @@ pub struct PageWord(u64);
 
 const STATE: u64 = 0xf;
 const WAITED: u64 = 1 << 4;
-/// How often the page was touched when it had been put out of the way, less how often it was not, at most [`HOTTEST`].
-const HEAT_SHIFT: u32 = 12;
-const HEAT: u64 = 7 << HEAT_SHIFT;
-const HOTTEST: u64 = 5;
+const REUSE_SHIFT: u32 = 12;
+const REUSE: u64 = 15 << REUSE_SHIFT;
 const DISCARDED: u64 = 1 << 6;
 const PINNED: u64 = 1 << 7;
 const TRACKED: u64 = 1 << 8;
@@ -80,8 +80,6 @@ impl PageWord {
     pub const EMPTY: Self = Self(0);
     /// In RAM, without a copy anywhere.
     pub const RESIDENT: Self = Self::of(State::Resident, 0);
-    /// A page that comes back within so many steps of the clock of evictions came back soon.
-    pub const SOON: u8 = 16;
     /// Lost.
     pub const POISONED: Self = Self::of(State::Poisoned, 0);
 
@@ -205,9 +203,26 @@ impl PageWord {
         self.0 & WAITED != 0
     }
 
-    /// How often the page was touched when it had been put out of the way, less how often it was not, 0 to 5.
-    pub const fn heat(self) -> u32 {
-        ((self.0 & HEAT) >> HEAT_SHIFT) as u32
+    /// What is known of the page's reuse distance.
+    pub(crate) const fn reuse(self) -> Reuse {
+        Reuse::from_bits(self.0 >> REUSE_SHIFT)
+    }
+
+    const fn with_reuse(self, reuse: Reuse) -> Self {
+        Self(self.0 & !REUSE | reuse.bits() << REUSE_SHIFT)
+    }
+
+    /// The distance after which the page is expected to be touched, in the units of [`Reuse`], when the clock of
+    /// evictions says `now`: a page that is away for longer than that by now is not expected so soon.
+    pub(crate) const fn distance(self, now: u8) -> u32 {
+        let known = self.reuse().units();
+        match self.state() {
+            State::Device => {
+                let away = away(now.wrapping_sub((self.0 >> AGE_SHIFT) as u8));
+                if away > known { away } else { known }
+            }
+            _ => known,
+        }
     }
 
     /// The program gave the contents up (`MADV_DONTNEED`, munmap), perhaps a moment before the kernel
@@ -236,17 +251,9 @@ impl PageWord {
         Self(self.0 | WAITED)
     }
 
-    /// The same, taken back from the arena once more.
+    /// The same, touched when it had just been put out of the way.
     pub const fn hotter(self) -> Self {
-        let heat = self.heat() as u64;
-        let heat = if heat < HOTTEST { heat + 1 } else { HOTTEST };
-        Self(self.0 & !HEAT | heat << HEAT_SHIFT)
-    }
-
-    /// The same, a little less hot.
-    pub const fn cooler(self) -> Self {
-        let heat = (self.heat() as u64).saturating_sub(1);
-        Self(self.0 & !HEAT | heat << HEAT_SHIFT)
+        self.with_reuse(self.reuse().shorter())
     }
 
     /// The same, on the device since the clock of evictions said `age`.
@@ -254,25 +261,25 @@ impl PageWord {
         Self(self.0 & !AGE | (age as u64) << AGE_SHIFT)
     }
 
-    /// The same, on the device and touched when the clock of evictions says `now`: hot if that is soon, cold if not.
+    /// The same, on the device and touched when the clock of evictions says `now`.
     pub const fn refaulted(self, now: u8) -> Self {
         let left = (self.0 >> AGE_SHIFT) as u8;
-        if now.wrapping_sub(left) < Self::SOON { self.hotter().hotter() } else { Self(self.0 & !HEAT) }
+        self.with_reuse(self.reuse().and(now.wrapping_sub(left)))
     }
 
     /// The same without what is remembered of its past: where it is and what holds for it now.
     pub const fn without_past(self) -> Self {
-        Self(self.0 & !HEAT & !AGE)
+        Self(self.0 & !REUSE & !AGE)
     }
 
     /// The same, with the past of `other`.
     pub const fn with_past_of(self, other: Self) -> Self {
-        Self(self.without_past().0 | other.0 & (HEAT | AGE))
+        Self(self.without_past().0 | other.0 & (REUSE | AGE))
     }
 
-    /// The same, as hot as `other`.
-    pub const fn heated_like(self, other: Self) -> Self {
-        Self(self.0 & !HEAT | other.0 & HEAT)
+    /// The same, reused like `other`.
+    pub const fn reused_like(self, other: Self) -> Self {
+        self.with_reuse(other.reuse())
     }
 
     /// The same, its contents given up.
@@ -298,7 +305,7 @@ impl PageWord {
     /// The same, for the claim on a page whose word was `word`: it stays pinned, and what was tracked, and
     /// may be present for all we know, is still told apart from what is on the device only; its past goes with it.
     pub const fn claimed_from(self, word: Self) -> Self {
-        Self(self.0 & !AGE | word.0 & (PINNED | TRACKED | HEAT | AGE))
+        Self(self.0 & !AGE | word.0 & (PINNED | TRACKED | REUSE | AGE))
     }
 
     /// The same without the copy on the device.

@@ -30,7 +30,7 @@ use uhmm_sys::clock::now;
 use uhmm_sys::futex;
 use uhmm_sys::host::LinuxHost;
 use uhmm_sys::limits::MoreFiles;
-use uhmm_sys::placement::{self, Cpus, ThreadCpu};
+use uhmm_sys::placement::{self, Binding, Cpus, ThreadCpu};
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
 
 use super::haltpoll::{self, HaltPoll};
@@ -77,6 +77,8 @@ const CROWD: u32 = 4;
 const ASK: u32 = 64;
 /// A wake-up that was left to another thread, and after which nothing happened for so long, is done again.
 const LATE: Duration = Duration::from_micros(30);
+/// A fault that took longer was answered by a device, for which the handler waited.
+const DEVICE: Duration = Duration::from_micros(15);
 /// Between two attempts to read where nobody says when there is something.
 const BLIND: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000 };
 const IDLE: Duration = Duration::from_millis(100);
@@ -125,6 +127,7 @@ pub fn serve(managed: &Managed, crew: &Crew, hooks: &dyn Hooks, role: Role, scra
         events: EventBuffer::new(),
         crowded: 0,
         last_thread: 0,
+        last_took: Duration::ZERO,
         tie: Tie::new(),
     };
     if let Role::Pinned(cpu) = role {
@@ -163,13 +166,14 @@ struct Handler<'a> {
     events: EventBuffer,
     crowded: u32,
     last_thread: u32,
+    /// How long its fault took.
+    last_took: Duration,
     tie: Tie,
 }
 
 /// Whether the handler is bound to the processor of a thread that is.
 struct Tie {
-    /// Where the handler may run otherwise.
-    free: Option<Cpus>,
+    binding: Binding,
     to: Option<u32>,
     thread: u32,
     /// Faults of that thread in a row.
@@ -178,30 +182,20 @@ struct Tie {
 
 impl Tie {
     fn new() -> Self {
-        Self { free: placement::allowed_cpus().ok(), to: None, thread: 0, streak: 0 }
+        Self { binding: Binding::of_current(), to: None, thread: 0, streak: 0 }
     }
 
     /// The handler has answered `thread`. Whether the two share a processor now.
     fn follow(&mut self, thread: u32) -> bool {
         self.streak = if self.thread == thread { self.streak.wrapping_add(1) } else { 0 };
         self.thread = thread;
-        let to = match self.streak {
+        self.to = match self.streak {
             0 => None,
             // Asked for now and then: it costs a system call.
             streak if streak % ASK == 1 => placement::bound_to(thread),
             _ => self.to,
         };
-        if to != self.to {
-            let done = match (to, &self.free) {
-                (Some(cpu), Some(_)) => placement::set_affinity(cpu),
-                (None, Some(free)) => placement::set_affinity_to(free),
-                (_, None) => return false,
-            };
-            if done.is_ok() {
-                self.to = to;
-            }
-        }
-        self.to.is_some()
+        self.binding.bind(self.to.map(|cpu| Cpus::none().with(cpu)))
     }
 }
 
@@ -305,7 +299,8 @@ impl Handler<'_> {
                     *since = (*since).min(held.since);
                 }
                 Resolution::Resolved(_) | Resolution::InFlight => {
-                    self.hooks.resolved(now().saturating_sub(held.since));
+                    self.last_took = now().saturating_sub(held.since);
+                    self.hooks.resolved(self.last_took);
                     self.last_thread = held.thread;
                     *slot = None;
                 }
@@ -323,8 +318,12 @@ impl Handler<'_> {
     /// Follows the last faulter if it is bound to a processor, and tells where it runs otherwise.
     fn note(&mut self) {
         let Some(thread) = NonZeroU32::new(self.last_thread) else { return };
-        if !self.tie.follow(thread.get()) {
-            self.crew.halt.note(self.crew.threads.cpu_of(thread.get()), now());
+        if self.tie.follow(thread.get()) {
+            self.managed.note_busy(None);
+        } else {
+            let storm = self.crew.halt.note(self.crew.threads.cpu_of(thread.get()), now());
+            let busy = storm && self.last_took > DEVICE;
+            self.managed.note_busy(busy.then(placement::current_cpu));
         }
     }
 }
