@@ -237,6 +237,7 @@ impl PagemapBuilder {
             descriptors,
             stopped: AtomicBool::new(false),
             registered: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             cursor: AtomicUsize::new(0),
             bad: Bad::default(),
             ledger: Ledger::new(),

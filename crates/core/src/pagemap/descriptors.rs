@@ -201,18 +201,13 @@ impl Descriptors {
         self.shards().map(|shard| (shard.load(Ordering::Acquire) & !DYING) as usize).sum()
     }
 
-    /// From now on no unit becomes live, until [`accept`](Self::accept). Whether that was so already.
-    pub(super) fn refuse(&self) -> bool {
-        self.shards()
-            .fold(true, |so_far, shard| shard.fetch_or(DYING, Ordering::AcqRel) & DYING != 0 && so_far)
+    /// From now on no unit becomes live, until [`accept`](Self::accept).
+    pub(super) fn refuse(&self) {
+        self.shards().for_each(|shard| _ = shard.fetch_or(DYING, Ordering::AcqRel));
     }
 
     pub(super) fn accept(&self) {
         self.shards().for_each(|shard| _ = shard.fetch_and(!DYING, Ordering::Release));
-    }
-
-    pub(super) fn refuses(&self) -> bool {
-        self.word(0).load(Ordering::Acquire) & DYING != 0
     }
 
     pub(super) fn count(&self, unit: usize) -> u32 {

@@ -43,7 +43,7 @@ use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicBool;
 
-use uhmm_addr::{Geometry, PageCount, Pfn, PfnRange, VaRange};
+use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange, VaRange};
 
 pub use builder::{PagemapBuilder, RegisterError};
 pub use descriptors::{DescriptorMemory, GROUP_PAGES};
@@ -75,6 +75,8 @@ pub struct Pagemap {
     stopped: AtomicBool,
     // Whether a registry keeps it, so that there can be handles.
     registered: AtomicBool,
+    // Whether it is being unregistered, so that no page is found by its number any more.
+    closing: AtomicBool,
     // Where this process's last search ended; only a hint.
     cursor: AtomicUsize,
     bad: Bad,
@@ -129,6 +131,7 @@ impl Pagemap {
             descriptors,
             stopped: AtomicBool::new(false),
             registered: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             cursor: AtomicUsize::new(0),
             bad: Bad::default(),
             ledger: Ledger::new(),
@@ -168,8 +171,8 @@ impl Pagemap {
     }
 
     /// The first range of pfns that belong to it; the only one, unless it was built with more.
-    pub fn range(&self) -> PfnRange {
-        self.ranges.first()
+    pub const fn range(&self) -> PfnRange {
+        self.ranges.foremost()
     }
 
     /// Every range, in the order of the device's pages.
@@ -195,6 +198,14 @@ impl Pagemap {
     /// The device's own number for `pfn`.
     pub fn device_page(&self, pfn: Pfn) -> DevicePage {
         DevicePage(self.page_index(pfn) as u64)
+    }
+
+    /// Whether 512 pages from `first` on, which need not be the pagemap's, lie side by side on the device, where a huge page
+    /// does.
+    pub(crate) fn is_chunk(&self, first: Pfn) -> bool {
+        let chunk = PfnRange::new(first, PageCount::new(CHUNK_PAGES));
+        let page = self.ranges.page_of(first);
+        page.is_some_and(|page| page.is_multiple_of(CHUNK_PAGES)) && self.ranges.units_of(chunk).is_some()
     }
 
     /// The pfn of a page of the device (`dax_pgoff_to_phys`); `None` behind its end.
@@ -228,6 +239,16 @@ impl Pagemap {
 
     fn is_registered(&self) -> bool {
         self.registered.load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    /// No page is found or becomes live any more, or again.
+    fn close(&self, close: bool) {
+        self.closing.store(close, core::sync::atomic::Ordering::Release);
+        if close { self.descriptors.refuse() } else { self.descriptors.accept() }
     }
 
     /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4).

@@ -9,6 +9,9 @@
 //!         and neither cloning nor dropping one touches the pagemap, unless it is the last.
 //! Fails   with a [`PageError`], which says which page and what can be done.
 
+#[cfg(all(test, not(loom)))]
+mod tests;
+
 use core::fmt;
 use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
@@ -304,8 +307,13 @@ impl Pagemap {
         PageError::new(denied, self.ranges.pfn_of(self.ranges.head(unit)))
     }
 
+    /// Whether handles may be made now.
     fn kept(&self, pfn: Pfn) -> Result<(), PageError> {
-        if self.is_registered() { Ok(()) } else { Err(PageError::Unregistered(pfn)) }
+        match (self.is_registered(), self.is_closing()) {
+            (false, _) => Err(PageError::Unregistered(pfn)),
+            (true, true) => Err(PageError::Dying(pfn)),
+            (true, false) => Ok(()),
+        }
     }
 
     fn units(&self, pages: PfnRange) -> Result<(usize, usize), PageError> {
@@ -381,7 +389,7 @@ impl Pagemap {
         self.kept(start)?;
         match self.allocate_units(most, true) {
             Some((first, units)) => Ok(UniquePages::new(self, first, units)),
-            None if self.descriptors.refuses() => Err(PageError::Dying(start)),
+            None if self.is_closing() => Err(PageError::Dying(start)),
             None => Err(PageError::Full),
         }
     }

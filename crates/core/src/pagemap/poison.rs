@@ -6,6 +6,9 @@
 //! Locks   one for the list and the mappers, innermost; not held while anybody is called.
 //! Fails   with a [`FailureError`]: for pfns of nobody's, and for those that hold descriptors.
 
+#[cfg(all(test, not(loom)))]
+mod tests;
+
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 

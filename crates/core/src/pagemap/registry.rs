@@ -12,6 +12,9 @@
 //!         becomes live behind the drain.
 //! Fails   [`UnregisterError::Busy`] names who holds what; the pagemap is then as it was, but for its mappings.
 
+#[cfg(all(test, not(loom)))]
+mod tests;
+
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -233,7 +236,7 @@ impl Registry {
         if let Some(ops) = &map.ops {
             ops.freeze(map);
         }
-        map.descriptors.refuse();
+        map.close(true);
         if let Some(ops) = &map.ops {
             ops.invalidate(map);
         }
@@ -244,7 +247,7 @@ impl Registry {
             }
             if !wait(live) {
                 let (name, holders) = (map.name().into(), map.holders());
-                map.descriptors.accept();
+                map.close(false);
                 if let Some(ops) = &map.ops {
                     ops.thaw(map);
                 }
@@ -301,7 +304,7 @@ impl Drop for Registry {
         // Handles of pages have no lifetime: what they point to stays.
         for registered in self.inner.get_mut().maps.drain(..) {
             let registered = ManuallyDrop::new(registered.map);
-            registered.descriptors.refuse();
+            registered.close(true);
             if registered.live().is_zero() {
                 drop(ManuallyDrop::into_inner(registered));
             }
