@@ -161,6 +161,10 @@ impl Descriptors {
         Self { words, data, shape, _owned: None }
     }
 
+    pub(super) const fn bytes(&self) -> usize {
+        self.shape.bytes()
+    }
+
     fn word(&self, index: usize) -> &AtomicU32 {
         debug_assert!(index < self.shape.data_at());
         // SAFETY: callers stay inside the array, which lives as long as `self`.

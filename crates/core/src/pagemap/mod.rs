@@ -229,6 +229,11 @@ impl Pagemap {
         PageCount::new(self.descriptors.live() << self.geometry().order())
     }
 
+    /// Bytes that its descriptors take when every page is in use.
+    pub const fn descriptor_bytes(&self) -> usize {
+        self.descriptors.bytes()
+    }
+
     fn page_index(&self, pfn: Pfn) -> usize {
         self.ranges.page_of(pfn).unwrap_or_else(|| panic!("{pfn:?} belongs to another pagemap"))
     }
