@@ -128,7 +128,7 @@ fn pages_are_given_to_one_at_a_time() {
                 for _ in 0..rounds {
                     let (first, len) = (next(&mut seed) % 60, 1 + next(&mut seed) % 4);
                     let pages = PfnRange::new(Pfn::new(first as u64), PageCount::new(len));
-                    if next(&mut seed) % 2 == 0 {
+                    if next(&mut seed).is_multiple_of(2) {
                         // A truncation: what is claimed is nobody else's.
                         let Ok(alone) = map.claim(pages) else { continue };
                         for owner in &owners[first..first + len] {

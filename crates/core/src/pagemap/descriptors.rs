@@ -129,7 +129,9 @@ pub(super) struct Descriptors {
     words: NonNull<AtomicU32>,
     data: Option<NonNull<AtomicU64>>,
     shape: Shape,
-    _owned: Option<(Box<[AtomicU32]>, Box<[AtomicU64]>)>,
+    // What the pointers lead to, if it is ours.
+    _words: Option<Box<[AtomicU32]>>,
+    _data: Option<Box<[AtomicU64]>>,
 }
 
 // SAFETY: arrays of atomics, valid as long as `self` is, by the constructors' contracts.
@@ -147,7 +149,8 @@ impl Descriptors {
             words: NonNull::from(&*words).cast(),
             data: shape.data.then(|| NonNull::from(&*data).cast()),
             shape,
-            _owned: Some((words, data)),
+            _words: Some(words),
+            _data: Some(data),
         }
     }
 
@@ -158,7 +161,7 @@ impl Descriptors {
         let words = memory.words.cast::<AtomicU32>();
         // SAFETY: inside the memory, by the shape, and at a multiple of 8 from its start.
         let data = shape.data.then(|| unsafe { words.add(shape.data_at()) }.cast());
-        Self { words, data, shape, _owned: None }
+        Self { words, data, shape, _words: None, _data: None }
     }
 
     pub(super) const fn bytes(&self) -> usize {

@@ -314,32 +314,25 @@ impl Pagemap {
 
     fn put_indices(&self, first: usize, units: usize) {
         // SAFETY: the references are given up by the caller, and `self` is borrowed.
-        unsafe { Self::put_units(NonNull::from(self), first, units, &mut Left::count_out) };
+        unsafe { Self::put_units(NonNull::from(self), first, units) };
     }
 
-    /// One reference less to each of these units, in steps of a group; `count_out` is given what each step freed, and what
-    /// the last one freed as the last thing that is done.
+    /// One reference less to each of these units, in steps of a group.
     ///
     /// # Safety
-    /// `this` must be valid, and the caller must have those references. What [`Descriptors::put`] says of the end holds here.
-    unsafe fn put_units(
-        this: NonNull<Self>,
-        mut first: usize,
-        units: usize,
-        count_out: &mut dyn FnMut(Left),
-    ) {
+    /// `this` must be valid, and the caller must have those references: the last one may be all that keeps it.
+    unsafe fn put_units(this: NonNull<Self>, mut first: usize, units: usize) {
         let end = first + units;
         while first < end {
             let len = (GROUP_PAGES - first % GROUP_PAGES).min(end - first);
             // SAFETY: the references from `first` on keep it.
             let map = unsafe { this.as_ref() };
-            let freed = |unit: usize, units: usize| map.tell_freed(unit, units);
-            let freed: Option<&dyn Fn(usize, usize)> = if map.ops.is_some() { Some(&freed) } else { None };
-            // SAFETY: the caller's promise.
-            if let Some(left) =
-                unsafe { Descriptors::put(NonNull::from(&map.descriptors), first, len, freed) }
-            {
-                count_out(left);
+            let tell = |unit: usize, units: usize| map.tell_freed(unit, units);
+            let freed: Option<&dyn Fn(usize, usize)> = if map.ops.is_some() { Some(&tell) } else { None };
+            let descriptors = NonNull::from(&map.descriptors);
+            // SAFETY: the caller's promise. Of `map` nothing is looked at afterwards.
+            if let Some(left) = unsafe { Descriptors::put(descriptors, first, len, freed) } {
+                left.count_out();
             }
             first += len;
         }

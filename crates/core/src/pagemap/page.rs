@@ -19,7 +19,7 @@ use core::ptr::NonNull;
 use uhmm_addr::{PageCount, Pfn, PfnRange};
 
 use super::Pagemap;
-use super::descriptors::{Denied, Descriptors, Left};
+use super::descriptors::{Denied, Descriptors};
 use super::ledger::Entry;
 use crate::sync::AtomicU32;
 
@@ -106,20 +106,14 @@ impl Held {
         (self.first..self.first + self.units).for_each(|unit| Descriptors::get(map.descriptors.unit(unit)));
         Self::new(map, self.first, self.units)
     }
-
-    /// Gives the references up; what was freed is to be counted out by the caller, last of all.
-    fn give_up(&mut self, count_out: &mut dyn FnMut(Left)) {
-        let map = self.map();
-        map.ledger.leave(&*map.park, &self.entry);
-        let (first, units) = (self.first, self.units);
-        // SAFETY: the references are this handle's, whose life ends here.
-        unsafe { Pagemap::put_units(self.map, first, units, count_out) };
-    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.give_up(&mut Left::count_out);
+        let map = self.map();
+        map.ledger.leave(&*map.park, &self.entry);
+        // SAFETY: the references are this handle's, whose life ends here.
+        unsafe { Pagemap::put_units(self.map, self.first, self.units) };
     }
 }
 
