@@ -111,9 +111,31 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let map = self.map();
-        map.ledger.leave(&*map.park, &self.entry);
+        if self.units == 1 {
+            let word = map.descriptors.word_of(self.first);
+            // SAFETY: the reference is this handle's, whose life ends here, and the word is the unit's.
+            unsafe { put_one(self.map, self.first, word, &self.entry) };
+            return;
+        }
+        map.forget_handle(&self.entry);
         // SAFETY: the references are this handle's, whose life ends here.
         unsafe { Pagemap::put_units(self.map, self.first, self.units) };
+    }
+}
+
+/// A handle's only reference goes.
+///
+/// # Safety
+/// The reference must be the caller's, who gives it up, and `word` the unit's: it is all that is looked at unless the reference
+/// was the last one.
+unsafe fn put_one(map: NonNull<Pagemap>, unit: usize, word: NonNull<AtomicU32>, entry: &Entry) {
+    // SAFETY: the page is live until `release` has given the reference up.
+    let hold = unsafe { map.as_ref() }.forget_handle(entry);
+    // SAFETY: the reference is the caller's, and is used no more.
+    if unsafe { Descriptors::release(word, hold) } {
+        // SAFETY: it was the last one, so that the page is ours, and live until it is counted out.
+        let left = unsafe { map.as_ref() }.freed(unit);
+        left.count_out();
     }
 }
 
@@ -182,15 +204,8 @@ impl Clone for PageRef {
 
 impl Drop for PageRef {
     fn drop(&mut self) {
-        let (map, unit) = (self.held.map, self.held.first);
-        // SAFETY: the page is live until `release` has given our reference up.
-        let hold = unsafe { map.as_ref() }.forget_handle(&self.held.entry);
-        // SAFETY: the reference is ours, and is used no more.
-        if unsafe { Descriptors::release(self.word, hold) } {
-            // SAFETY: it was the last one, so that the page is ours, and live until it is counted out.
-            let left = unsafe { map.as_ref() }.freed(unit);
-            left.count_out();
-        }
+        // SAFETY: the reference is this handle's, whose life ends here, and the word is the unit's.
+        unsafe { put_one(self.held.map, self.held.first, self.word, &self.held.entry) };
     }
 }
 

@@ -89,8 +89,11 @@ impl Ranges {
     }
 
     /// The unit of a page of the device; `None` if it is reserved.
-    pub(super) fn unit_of_page(&self, page: usize) -> Option<usize> {
-        Some(page.checked_sub(self.reserved.get())? >> self.geometry.order())
+    pub(super) const fn unit_of_page(&self, page: usize) -> Option<usize> {
+        match page.checked_sub(self.reserved.get()) {
+            Some(page) => Some(page >> self.geometry.order()),
+            None => None,
+        }
     }
 
     /// The unit of a pfn; `None` if it is reserved, or another pagemap's.
@@ -124,9 +127,13 @@ impl Ranges {
         }
         let first = self.page_of(pages.start)?;
         let last = first + pages.pages.get() - 1;
-        let span = self.span_at(first);
-        let inside = last < span.first + span.range.pages.get();
+        if !self.foremost.encloses(pages) {
+            let span = self.span_at(first);
+            if last >= span.first + span.range.pages.get() {
+                return None;
+            }
+        }
         let (first, last) = (self.unit_of_page(first)?, self.unit_of_page(last)?);
-        inside.then_some((first, last + 1 - first))
+        Some((first, last + 1 - first))
     }
 }
