@@ -1,5 +1,5 @@
-//! Rows about pagemaps: how long it takes to register one and to let it go, what its descriptors weigh, and what a reference to
-//! a page costs.
+//! Rows about pagemaps: how long it takes to register one and to let it go, what its descriptors weigh, and what a
+//! reference to a page costs.
 
 use std::hint::black_box;
 use std::io;

@@ -13,12 +13,8 @@
 use alloc::boxed::Box;
 use core::ptr::NonNull;
 
-use uhmm_addr::{CHUNK_PAGES, PageCount};
-
+use super::shape::{BLOCK, DescriptorMemory, GROUP_PAGES, LINES, SHARD_WORDS, SHARDS, Shape};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, zeroed};
-
-/// Compound pages in a group: the step in which a device gets its space back.
-pub const GROUP_PAGES: usize = if cfg!(loom) { 2 } else { CHUNK_PAGES };
 
 /// In a unit's word: it is lost, and given out no more.
 const POISON: u32 = 1 << 31;
@@ -40,59 +36,6 @@ const LIVE: u32 = BAD - 1;
 
 /// In a shard's word: no unit may become live any more.
 const DYING: u32 = 1 << 31;
-
-/// Shards of the count of live units.
-const SHARDS: usize = if cfg!(loom) { 2 } else { 16 };
-/// Words from one shard to the next: a cache line.
-const SHARD_WORDS: usize = if cfg!(loom) { 1 } else { 16 };
-/// Words in a block of counts, inside which neighbours are kept apart.
-const BLOCK: usize = if cfg!(loom) { 2 } else { 512 };
-/// Cache lines in such a block.
-const LINES: usize = if cfg!(loom) { 2 } else { 32 };
-
-/// Zeroed memory for the descriptors of a pagemap.
-#[derive(Clone, Copy, Debug)]
-pub struct DescriptorMemory {
-    words: NonNull<u32>,
-}
-
-impl DescriptorMemory {
-    /// Memory that starts at `words`.
-    pub const fn new(words: NonNull<u32>) -> Self {
-        Self { words }
-    }
-
-    /// Bytes needed for a device of `pages` pages of 4 KiB. Only what is used will be touched.
-    pub const fn bytes_for(pages: PageCount) -> usize {
-        Shape { units: pages.get(), data: false }.bytes()
-    }
-}
-
-/// Where what lies, in words of 32 bits: shards, groups, counts, data.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) units: usize,
-    pub(super) data: bool,
-}
-
-impl Shape {
-    const fn groups(self) -> usize {
-        self.units.div_ceil(GROUP_PAGES)
-    }
-
-    const fn counts_at(self) -> usize {
-        SHARDS * SHARD_WORDS + self.groups().next_multiple_of(2)
-    }
-
-    const fn data_at(self) -> usize {
-        self.counts_at() + self.units.next_multiple_of(BLOCK)
-    }
-
-    pub(super) const fn bytes(self) -> usize {
-        let data = if self.data { self.units * size_of::<u64>() } else { 0 };
-        self.data_at() * size_of::<u32>() + data
-    }
-}
 
 /// Why a reference cannot be had.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -439,8 +382,8 @@ impl Descriptors {
         }
     }
 
-    /// One reference less; whether that was the last, and the unit is free, or the caller's to free if `hold`. If it was
-    /// not the last the word may be gone.
+    /// One reference less; whether that was the last, and the unit is free, or the caller's to free if `hold`. If it
+    /// was not the last the word may be gone.
     ///
     /// # Safety
     /// `word` must be a unit's, to which the caller has a reference.

@@ -8,8 +8,9 @@ use ::loom::cell::UnsafeCell;
 use ::loom::thread;
 use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange};
 
-use super::descriptors::{Denied, Descriptors, GROUP_PAGES, Left, Shape};
+use super::descriptors::{Denied, Descriptors, Left};
 use super::readers::Readers;
+use super::shape::{GROUP_PAGES, Shape};
 use super::{PageError, Pagemap, PagemapOps, Registry, Spin};
 use crate::device::MemoryType;
 use crate::sync::{AtomicU32, Ordering};
@@ -287,7 +288,8 @@ struct Published {
     contents: UnsafeCell<u32>,
 }
 
-// SAFETY: the contents are read by readers who found them, and written when none is left, which is what the model checks.
+// SAFETY: the contents are read by readers who found them, and written when none is left, which is what the model
+// checks.
 unsafe impl Sync for Published {}
 // SAFETY: as above.
 unsafe impl Send for Published {}

@@ -1,25 +1,25 @@
 //! Pagemaps: ranges of pfns that belong to a device, and who uses which of them.
 //!
-//! What    [`Pagemap`] (the kernel's `struct dev_pagemap`): a type, an owner, ranges in the machine-wide pfn space, and a
-//!         descriptor for every compound page; [`Registry`], which finds the pagemap of a pfn and unregisters it when
-//!         its pages are back; [`resource`], who has which pfns; handles of pages ([`PageRef`] and others);
+//! What    [`Pagemap`] (the kernel's `struct dev_pagemap`): a type, an owner, ranges in the machine-wide pfn space,
+//!         and a descriptor for every compound page; [`Registry`], which finds the pagemap of a pfn and unregisters it
+//!         when its pages are back; [`resource`], who has which pfns; handles of pages ([`PageRef`] and others);
 //!         [`PagemapSet`], the pagemaps of one address space.
-//! Why     whoever holds a device page must be able to share it (fork), keep it as the clean copy of a
-//!         page in RAM, and free it, without asking anybody else.
-//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put`] of the last one frees it
-//!         (rule R3). A live page is one reference to its pagemap; get and put of a page that stays live never touch the
-//!         pagemap. The pages of a compound page (2M, 1G) have one descriptor: a reference to any is one to the head, and
+//! Why     whoever holds a device page must be able to share it (fork), keep it as the clean copy of a page in RAM,
+//!         and free it, without asking anybody else.
+//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put`] of the last one frees it (rule R3). A
+//!         live page is one reference to its pagemap; get and put of a page that stays live never touch the pagemap.
+//!         The pages of a compound page (2M, 1G) have one descriptor: a reference to any is one to the head, and
 //!         nothing steps through the others. Descriptors live in memory that is zero where nothing was stored, so that
 //!         registering a pagemap costs nothing per page; the memory may be shared between processes.
 //! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
-//!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile.
-//!         A coherent device's memory is its own, and stays with it.
-//! Locks   none for pages: one atomic per page, one per group, one per shard of groups when a page becomes live or free.
-//!         A registry has one, for those who register; it is not held while anybody is called or waited for.
-//!         The list of what is bad, and the ledger, each have one, innermost.
-//! Fails   a full device gives no page. A count that would fall below zero is a bug and panics in debug
-//!         builds; release builds leave the page allocated, which loses space and never data.
+//!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile. A coherent device's memory is its
+//!         own, and stays with it.
+//! Locks   none for pages: one atomic per page, one per group, one per shard of groups when a page becomes live or
+//!         free. A registry has one, for those who register; it is not held while anybody is called or waited for. The
+//!         list of what is bad, and the ledger, each have one, innermost.
+//! Fails   a full device gives no page. A count that would fall below zero is a bug and panics in debug builds;
+//!         release builds leave the page allocated, which loses space and never data.
 
 mod builder;
 mod descriptors;
@@ -33,6 +33,8 @@ mod ranges;
 mod readers;
 mod registry;
 pub mod resource;
+mod set;
+mod shape;
 mod table;
 #[cfg(all(test, not(loom)))]
 mod tests;
@@ -46,19 +48,21 @@ use core::sync::atomic::AtomicBool;
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange, VaRange};
 
 pub use builder::{PagemapBuilder, RegisterError};
-pub use descriptors::{DescriptorMemory, GROUP_PAGES};
 pub use ops::PagemapOps;
 pub use page::{PageError, PageRange, PageRef, UniquePages, release_pages};
 pub use poison::{Failure, FailureError, Mapper, Poisoned, Told};
 pub use registry::{Holder, Reader, Registry, UnregisterError};
+pub use set::PagemapSet;
+pub use shape::{DescriptorMemory, GROUP_PAGES};
 
 use crate::device::{Device, DevicePage, MemoryType};
 use crate::notifier::Owner;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park};
-use descriptors::{Descriptors, Left, Shape};
+use descriptors::{Descriptors, Left};
 use ledger::{Entry, Ledger};
 use poison::Bad;
 use ranges::Ranges;
+use shape::Shape;
 
 /// Ranges of pfns, the device behind them, and their descriptors.
 pub struct Pagemap {
@@ -97,8 +101,8 @@ impl fmt::Debug for Pagemap {
 }
 
 impl Pagemap {
-    /// The device's pages at `start`, in 4K pages with descriptors of their own. It is in no registry: its pages are counted by
-    /// number.
+    /// The device's pages at `start`, in 4K pages with descriptors of their own. It is in no registry: its pages are
+    /// counted by number.
     pub fn new(start: Pfn, device: Arc<dyn Device>) -> Self {
         let shape = Shape { units: device.capacity().get(), data: false };
         Self::with(start, device, Descriptors::owned(shape))
@@ -113,7 +117,8 @@ impl Pagemap {
     /// descriptors of this one device only.
     pub unsafe fn over(start: Pfn, device: Arc<dyn Device>, memory: DescriptorMemory) -> Self {
         let shape = Shape { units: device.capacity().get(), data: false };
-        // SAFETY: the caller's promise is the constructor's; without a registry there are no handles that could outlive us.
+        // SAFETY: the caller's promise is the constructor's; without a registry there are no handles that could
+        // outlive us.
         let descriptors = unsafe { Descriptors::over(memory, shape) };
         Self::with(start, device, descriptors)
     }
@@ -200,8 +205,8 @@ impl Pagemap {
         DevicePage(self.page_index(pfn) as u64)
     }
 
-    /// Whether 512 pages from `first` on, which need not be the pagemap's, lie side by side on the device, where a huge page
-    /// does.
+    /// Whether 512 pages from `first` on, which need not be the pagemap's, lie side by side on the device, where a
+    /// huge page does.
     pub(crate) fn is_chunk(&self, first: Pfn) -> bool {
         let chunk = PfnRange::new(first, PageCount::new(CHUNK_PAGES));
         let page = self.ranges.page_of(first);
@@ -277,8 +282,8 @@ impl Pagemap {
         Some((first, len))
     }
 
-    /// Allocates up to `most` consecutive pages, at least one compound page, each compound page with one reference. `None` if
-    /// the device is full, or its allocation stopped.
+    /// Allocates up to `most` consecutive pages, at least one compound page, each compound page with one reference.
+    /// `None` if the device is full, or its allocation stopped.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate(&self, most: PageCount) -> Option<PfnRange> {
         self.allocate_units(most, false).map(|(first, len)| self.ranges.pfns(first, len))
@@ -367,8 +372,8 @@ impl Pagemap {
     }
 
     /// A word of the compound page's own, for whoever maps it: which file it is of and where, for instance
-    /// (`page->mapping` and `page->index`, set on the head alone). Zero until something is stored; the pagemap never does.
-    /// `None` for private and coherent pages, whose page words say whose they are.
+    /// (`page->mapping` and `page->index`, set on the head alone). Zero until something is stored; the pagemap never
+    /// does. `None` for private and coherent pages, whose page words say whose they are.
     pub fn page_data(&self, pfn: Pfn) -> Option<&AtomicU64> {
         self.descriptors.data(self.ranges.unit_of(pfn)?)
     }
@@ -417,47 +422,4 @@ impl Park for Spin {
     }
 
     fn unpark(&self, _word: &crate::sync::AtomicU32) {}
-}
-
-/// The pagemaps of one address space.
-#[derive(Debug, Default)]
-pub struct PagemapSet {
-    maps: Box<[Arc<Pagemap>]>,
-}
-
-impl PagemapSet {
-    /// These pagemaps, whose ranges are disjoint.
-    ///
-    /// # Panics
-    /// If two ranges overlap, or pages are larger than 4K.
-    pub fn new(maps: impl IntoIterator<Item = Arc<Pagemap>>) -> Self {
-        let maps: Box<[_]> = maps.into_iter().collect();
-        for (n, map) in maps.iter().enumerate() {
-            assert!(
-                map.geometry() == Geometry::K4,
-                "the words of a space count pages of 4K, not of {}",
-                map.geometry()
-            );
-            for (a, b) in maps[..n]
-                .iter()
-                .flat_map(|other| map.ranges().flat_map(|a| other.ranges().map(move |b| (a, b))))
-            {
-                assert!(!a.overlaps(b), "{a:?} overlaps {b:?}");
-            }
-        }
-        Self { maps }
-    }
-
-    /// The pagemap to which `pfn` belongs.
-    ///
-    /// # Panics
-    /// If there is none: pfns come from page words, which hold pfns of registered pagemaps only.
-    pub fn of(&self, pfn: Pfn) -> &Arc<Pagemap> {
-        self.maps.iter().find(|map| map.contains(pfn)).expect("a pfn without a pagemap")
-    }
-
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Pagemap>> {
-        self.maps.iter()
-    }
 }

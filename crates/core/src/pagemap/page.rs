@@ -1,12 +1,12 @@
 //! Handles of pages: a reference each, as long as the handle lives.
 //!
-//! What    [`PageRef`], shared, of one compound page; [`PageRange`], shared, of consecutive ones; [`UniquePages`], that
-//!         nobody else refers to or finds. [`release_pages`] drops many at once.
-//! Why     references that are counted by hand are forgotten, or dropped twice. (The words of a page table count by hand,
-//!         by number, because a word is all that they are.)
+//! What    [`PageRef`], shared, of one compound page; [`PageRange`], shared, of consecutive ones; [`UniquePages`],
+//!         that nobody else refers to or finds. [`release_pages`] drops many at once.
+//! Why     references that are counted by hand are forgotten, or dropped twice. (The words of a page table count by
+//!         hand, by number, because a word is all that they are.)
 //! Owns    each handle one reference to each of its compound pages; the first reference to a page makes it live, and a
-//!         live page keeps its pagemap registered and its descriptors in place. So a handle has no lifetime,
-//!         and neither cloning nor dropping one touches the pagemap, unless it is the last.
+//!         live page keeps its pagemap registered and its descriptors in place. So a handle has no lifetime, and
+//!         neither cloning nor dropping one touches the pagemap, unless it is the last.
 //! Fails   with a [`PageError`], which says which page and what can be done.
 
 #[cfg(all(test, not(loom)))]
@@ -126,8 +126,8 @@ impl Drop for Held {
 /// A handle's only reference goes.
 ///
 /// # Safety
-/// The reference must be the caller's, who gives it up, and `word` the unit's: it is all that is looked at unless the reference
-/// was the last one.
+/// The reference must be the caller's, who gives it up, and `word` the unit's: it is all that is looked at unless the
+/// reference was the last one.
 unsafe fn put_one(map: NonNull<Pagemap>, unit: usize, word: NonNull<AtomicU32>, entry: &Entry) {
     // SAFETY: the page is live until `release` has given the reference up.
     let hold = unsafe { map.as_ref() }.forget_handle(entry);
@@ -215,8 +215,8 @@ impl fmt::Debug for PageRef {
     }
 }
 
-/// References to consecutive pages: one to each compound page of which there are some in the range. So 512 pages of a 2M page
-/// are pinned by one atomic operation.
+/// References to consecutive pages: one to each compound page of which there are some in the range. So 512 pages of a
+/// 2M page are pinned by one atomic operation.
 #[must_use]
 pub struct PageRange {
     held: Held,
@@ -253,8 +253,8 @@ impl fmt::Debug for PageRange {
     }
 }
 
-/// Pages that nobody else refers to, nor finds by their numbers (`page_ref_freeze`; a page that was just allocated, which
-/// the kernel returns locked). Dropped, they are free.
+/// Pages that nobody else refers to, nor finds by their numbers (`page_ref_freeze`; a page that was just allocated,
+/// which the kernel returns locked). Dropped, they are free.
 #[must_use]
 pub struct UniquePages {
     held: Held,
@@ -290,8 +290,8 @@ impl fmt::Debug for UniquePages {
     }
 }
 
-/// Drops many references (`release_pages`): pages of one group that are freed are counted out of it, and of the pagemap,
-/// together.
+/// Drops many references (`release_pages`): pages of one group that are freed are counted out of it, and of the
+/// pagemap, together.
 pub fn release_pages(pages: impl IntoIterator<Item = PageRef>) {
     let mut run: Option<Held> = None;
     for page in pages {
@@ -333,8 +333,8 @@ impl Pagemap {
         })
     }
 
-    /// A reference to the compound page of `pfn`, head or tail. Where pages are allocated (private and coherent ones) it
-    /// must be in use; elsewhere a page that nobody uses becomes live.
+    /// A reference to the compound page of `pfn`, head or tail. Where pages are allocated (private and coherent ones)
+    /// it must be in use; elsewhere a page that nobody uses becomes live.
     ///
     /// # Errors
     /// See [`PageError`].

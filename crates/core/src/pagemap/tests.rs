@@ -7,8 +7,9 @@ use std::vec::Vec;
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange};
 
-use super::descriptors::{Descriptors, Left, Shape};
+use super::descriptors::{Descriptors, Left};
 use super::resource::ResourceKind;
+use super::shape::Shape;
 use super::{DescriptorMemory, GROUP_PAGES, PageError, Pagemap, PagemapSet, Registry, UnregisterError};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;

@@ -1,11 +1,12 @@
 //! Pages of one device that another one reaches without a stop in RAM (the kernel's `drivers/pci/p2pdma.c`).
 //!
-//! What    [`Topology`], which device sits behind which bridge, and what that means for a transfer between two of them;
-//!         [`PeerMemory`], a device's pages as others see them; [`PeerClient`], a device that has some of them mapped.
-//! Why     a transfer between devices under one switch never leaves it, if no bridge on the way sends it up to be checked;
-//!         through the host it works with some hosts only, and is lost without a word with others.
-//! Owns    a client holds a reference to every page that it has mapped, so that the provider's pagemap is not unregistered
-//!         before; what is mapped when it is dropped is unmapped then.
+//! What    [`Topology`], which device sits behind which bridge, and what that means for a transfer between two of
+//!         them; [`PeerMemory`], a device's pages as others see them; [`PeerClient`], a device that has some of them
+//!         mapped.
+//! Why     a transfer between devices under one switch never leaves it, if no bridge on the way sends it up to be
+//!         checked; through the host it works with some hosts only, and is lost without a word with others.
+//! Owns    a client holds a reference to every page that it has mapped, so that the provider's pagemap is not
+//!         unregistered before; what is mapped when it is dropped is unmapped then.
 //! Locks   none: a client belongs to one thread at a time.
 //! Fails   with a [`PeerError`]; then nothing of it is mapped.
 
@@ -36,8 +37,8 @@ pub enum PeerError {
     /// They are not of a device on a bus, but this.
     #[error("{0} pages are no device's on a bus: they are mapped like RAM, or not at all")]
     NotPeer(MemoryType),
-    /// The way leads through the host, where the client's IOMMU translates, and the pages are mapped nowhere that it could be
-    /// told of.
+    /// The way leads through the host, where the client's IOMMU translates, and the pages are mapped nowhere that it
+    /// could be told of.
     #[error("{0:?} are reached through the host, and are not mapped in this process")]
     NotMapped(PfnRange),
     /// The IOMMU refuses.
@@ -81,9 +82,9 @@ impl<I: Iommu> PeerClient<I> {
         Self { device, iommu, runs: Vec::new() }
     }
 
-    /// Lets the client reach `pages` of `memory`, for writing as well if `write`. The answer is where it finds the first: a bus
-    /// address where the transfer stays below the host (`PCI_P2PDMA_MAP_BUS_ADDR`), one of the IOMMU's otherwise
-    /// (`PCI_P2PDMA_MAP_THRU_HOST_BRIDGE`).
+    /// Lets the client reach `pages` of `memory`, for writing as well if `write`. The answer is where it finds the
+    /// first: a bus address where the transfer stays below the host (`PCI_P2PDMA_MAP_BUS_ADDR`), one of the IOMMU's
+    /// otherwise (`PCI_P2PDMA_MAP_THRU_HOST_BRIDGE`).
     ///
     /// # Errors
     /// See [`PeerError`].
@@ -125,7 +126,8 @@ impl<I: Iommu> PeerClient<I> {
         found.is_some()
     }
 
-    /// Takes back every page of `map`: its device is going away (`pci_p2pdma_unmap_mappings`). Returns how many that were.
+    /// Takes back every page of `map`: its device is going away (`pci_p2pdma_unmap_mappings`). Returns how many that
+    /// were.
     pub fn unmap_all(&mut self, map: &Pagemap) -> PageCount {
         let (gone, kept) = core::mem::take(&mut self.runs)
             .into_iter()

@@ -12,7 +12,8 @@ use crate::dma::{Iommu, IommuError};
 use crate::pagemap::{PageError, Pagemap, Registry};
 use crate::sync::{AtomicU32, Park};
 
-/// Two hosts. Below the first a switch with two devices, one of which has two functions, and a port of its own with a third.
+/// Two hosts. Below the first a switch with two devices, one of which has two functions, and a port of its own with a
+/// third.
 struct Machine {
     topology: Topology,
     gpu: [PeerId; 2],

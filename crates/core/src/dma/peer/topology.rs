@@ -91,8 +91,8 @@ impl Topology {
         self.add(None, Kind::Host(forwards))
     }
 
-    /// A port or a bridge below another, or below a host bridge. `redirects`: it sends transfers between what is below it up
-    /// (`pci_bridge_has_acs_redir`).
+    /// A port or a bridge below another, or below a host bridge. `redirects`: it sends transfers between what is below
+    /// it up (`pci_bridge_has_acs_redir`).
     pub fn bridge(&mut self, above: PeerId, redirects: bool) -> PeerId {
         self.add(Some(above), Kind::Bridge(redirects))
     }
@@ -160,8 +160,8 @@ impl Topology {
         clients.iter().try_fold(0, |sum, client| Ok(sum + self.path(provider, *client)?.distance))
     }
 
-    /// The provider that is closest to all of `clients`, and how far that is in all; `turn` chooses among several that are as
-    /// close. `None` if none reaches all.
+    /// The provider that is closest to all of `clients`, and how far that is in all; `turn` chooses among several that
+    /// are as close. `None` if none reaches all.
     pub fn closest(&self, providers: &[PeerId], clients: &[PeerId], turn: usize) -> Option<(PeerId, usize)> {
         let reached = || {
             let with = |provider: &PeerId| Some((*provider, self.distance(*provider, clients).ok()?));

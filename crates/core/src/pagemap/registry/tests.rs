@@ -209,8 +209,8 @@ impl PagemapOps for Steps {
     }
 }
 
-/// The order of the series that gave each page one reference to its pagemap: the queue is frozen before pages go, the wait
-/// comes after the pages are unmapped, and what belongs to the queue goes last.
+/// The order of the series that gave each page one reference to its pagemap: the queue is frozen before pages go, the
+/// wait comes after the pages are unmapped, and what belongs to the queue goes last.
 #[test]
 fn teardown_freezes_refuses_invalidates_drains_and_frees() {
     let registry = registry();
@@ -262,8 +262,8 @@ fn of_two_teardowns_one_is_refused_and_a_third_comes_too_late() {
     assert_eq!(third, Err(UnregisterError::NotRegistered("dax0.0".into())));
 }
 
-/// The BUG of the series that made compound pagemaps, at `memunmap_pages`: stepping through a 2M page in 4K put its head
-/// once for every tail.
+/// The BUG of the series that made compound pagemaps, at `memunmap_pages`: stepping through a 2M page in 4K put its
+/// head once for every tail.
 #[test]
 fn teardown_steps_by_compound_pages() {
     for (geometry, step) in [(Geometry::K4, 1), (Geometry::M2, CHUNK), (Geometry::G1, G1)] {
