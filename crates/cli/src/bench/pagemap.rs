@@ -200,7 +200,7 @@ pub(crate) fn pin(name: &'static str, scale: Scale) -> Result<Measure, RowError>
     if mapped.count() != 1 {
         return Err(RowError::WrongData { page: 7 });
     }
-    Ok(pair.measure(name, "ns", nanoseconds(times), "two atomic additions", 0.25))
+    Ok(pair.measure(name, "ns", nanoseconds(times), "two atomic additions", 0.50))
 }
 
 /// 128 GiB of small pages are unregistered, of which a thousand come back late, against what it takes to put these

@@ -50,7 +50,8 @@ impl Group {
 
     fn put_telling(&self, page: usize, freed: Option<&dyn Fn(usize, usize)>) {
         // SAFETY: the caller's reference is given up.
-        unsafe { Descriptors::put(NonNull::from(&self.counts), page, 1, freed) }.map(Left::count_out);
+        let left = unsafe { Descriptors::put(NonNull::from(&self.counts), page, 1, freed) };
+        left.into_iter().for_each(Left::count_out);
     }
 
     /// What the owner of the pages, or of the guard, does to them.
