@@ -7,12 +7,13 @@
 mod fault;
 mod migrate;
 mod mirror;
+mod pagemap;
 mod row;
 mod samples;
 mod touch;
 
 use serde::Serialize;
-use uhmm::Geometry;
+use uhmm::{ByteSize, Geometry};
 
 use crate::exit::{End, Failure};
 use crate::print;
@@ -49,7 +50,7 @@ pub(crate) struct Row {
 }
 
 /// Every row.
-const ROWS: [Row; 12] = [
+const ROWS: [Row; 21] = [
     Row { name: "migrate-out-4k", measure: |name, scale| migrate(name, Way::Out, Geometry::K4, scale) },
     Row { name: "migrate-in-4k", measure: |name, scale| migrate(name, Way::In, Geometry::K4, scale) },
     Row { name: "migrate-out-2m", measure: |name, scale| migrate(name, Way::Out, Geometry::M2, scale) },
@@ -62,6 +63,21 @@ const ROWS: [Row; 12] = [
     Row { name: "populate-1g", measure: mirror::populate },
     Row { name: "pin-4k", measure: mirror::pin },
     Row { name: "notifier-bracket", measure: mirror::bracket },
+    Row { name: "pagemap-register-4k", measure: |name, scale| pagemap::register(name, Geometry::K4, scale) },
+    Row { name: "pagemap-register-2m", measure: |name, scale| pagemap::register(name, Geometry::M2, scale) },
+    Row { name: "pagemap-register-1g", measure: |name, scale| pagemap::register(name, Geometry::G1, scale) },
+    Row {
+        name: "descriptor-bytes-2m",
+        measure: |name, scale| pagemap::weight(name, Geometry::M2, ByteSize::mib(8), scale),
+    },
+    Row {
+        name: "descriptor-bytes-1g",
+        measure: |name, scale| pagemap::weight(name, Geometry::G1, ByteSize::kib(16), scale),
+    },
+    Row { name: "page-get-put", measure: pagemap::get_and_put },
+    Row { name: "page-get-put-2t", measure: pagemap::two_threads },
+    Row { name: "pin-2m", measure: pagemap::pin },
+    Row { name: "unregister-128g", measure: pagemap::unregister },
 ];
 
 /// Measures the named rows, or all, and prints.
@@ -94,13 +110,13 @@ pub(crate) fn bench(names: &[String], json: bool, quick: bool) -> Result<End, Fa
 fn heading() -> String {
     let heads = ["row", "value", "limit", "unit", "ratio", "goal", "met", "the limit is"];
     let [name, value, limit, unit, ratio, goal, met, what] = heads;
-    format!("{name:18} {value:>10} {limit:>10} {unit:5} {ratio:>6} {goal:>6} {met:4} {what}")
+    format!("{name:19} {value:>10} {limit:>10} {unit:5} {ratio:>6} {goal:>6} {met:4} {what}")
 }
 
 fn line(measure: &Measure) -> String {
     let Measure { name, value, unit, limit, limit_name, ratio, goal, met } = measure;
     let met = if *met { "yes" } else { "no" };
-    format!("{name:18} {value:>10.3} {limit:>10.3} {unit:5} {ratio:>6.2} {goal:>6.2} {met:4} {limit_name}")
+    format!("{name:19} {value:>10.3} {limit:>10.3} {unit:5} {ratio:>6.2} {goal:>6.2} {met:4} {limit_name}")
 }
 
 #[cfg(test)]
