@@ -204,13 +204,19 @@ impl Mapping {
     pub unsafe fn replace(self, at: VirtAddr) -> Result<(), (Self, Errno)> {
         let to = ptr::with_exposed_provenance_mut(at.get());
         let (from, len) = (self.start.as_ptr().cast(), self.len());
+        // Out of the register before it moves: the call may last, and somebody else may live there by then.
+        let entry = &REGISTER[usize::from(self.slot)];
+        entry.start.store(CHANGING, SeqCst);
         // SAFETY: the pages are this mapping's own, and the destination is given up by the caller's promise.
         match unsafe { mm::mremap_fixed(from, len, len, mm::MremapFlags::MAYMOVE, to) } {
             Ok(_) => {
                 strike(core::mem::ManuallyDrop::new(self).slot);
                 Ok(())
             }
-            Err(errno) => Err((self, errno)),
+            Err(errno) => {
+                entry.start.store(self.range.start().get(), SeqCst);
+                Err((self, errno))
+            }
         }
     }
 

@@ -125,18 +125,26 @@ unsafe fn detach_mapping(managed: &Managed, mapping: &ProgramMapping, done: &mut
                 done.special = done.special.plus(run.range.pages());
                 continue;
             };
-            let mut left = Some(run.range);
+            let (mut left, mut most) = (Some(run.range), BATCH);
             while let Some(run) = left {
-                let batch = run.take(BATCH);
-                left = run.skip(BATCH);
+                let batch = run.take(most);
                 // SAFETY: the caller's promise.
                 match unsafe { replace(managed, batch, mapping.write, plain) } {
-                    Ok(()) => done.pages = done.pages.plus(batch.pages()),
-                    Err(Busy) => done.busy = done.busy.plus(batch.pages()),
+                    Ok(()) => {
+                        // SAFETY: as above. What cannot be watched was unmapped meanwhile.
+                        let _ = unsafe { managed.watch(batch) };
+                        done.pages = done.pages.plus(batch.pages());
+                    }
+                    // One page of them, perhaps, or they are too many.
+                    Err(Busy::Now) if batch.pages() > PageCount::ONE => {
+                        most = PageCount::new(batch.pages().get() / 2);
+                        continue;
+                    }
+                    Err(Busy::Now | Busy::Always) => done.busy = done.busy.plus(batch.pages()),
                 }
+                left = run.skip(batch.pages());
+                most = PageCount::new(most.get() * 2).at_most(BATCH);
             }
-            // SAFETY: the caller's promise. What cannot be watched was unmapped meanwhile.
-            let _ = unsafe { managed.watch(run.range) };
         }
         rest = VaRange::of_pages(end, part.end_page().since(end));
     }
@@ -145,18 +153,27 @@ unsafe fn detach_mapping(managed: &Managed, mapping: &ProgramMapping, done: &mut
 }
 
 /// Nothing was changed.
-struct Busy;
+enum Busy {
+    /// Some of the pages cannot be had now.
+    Now,
+    /// None can: the kernel does not let pages be held.
+    Always,
+}
 
 /// # Safety
 /// As [`Space::detach`]; the pages are there, and the process's own.
 unsafe fn replace(managed: &Managed, range: VaRange, write: bool, plain: Plain) -> Result<(), Busy> {
     let mm = managed.mm();
-    let mut empty = Mapping::replacement(range.bytes(), write, plain.accounted).map_err(|_| Busy)?;
+    let mut empty = Mapping::replacement(range.bytes(), write, plain.accounted).map_err(|_| Busy::Now)?;
     // SAFETY: nobody touches it where it is; where it goes, the caller gives it into our power.
-    unsafe { mm.host().program().register(empty.range(), Mode::MISSING_AND_WP) }.map_err(|_| Busy)?;
+    unsafe { mm.host().program().register(empty.range(), Mode::MISSING_AND_WP) }.map_err(|_| Busy::Now)?;
     // What may not be written is not written, as long as its protection stays.
-    let held = if write { HeldPages::hold(range) } else { HeldPages::copied(range) }.map_err(|_| Busy)?;
-    let mut replacement = mm.begin_replacement(range).ok_or(Busy)?;
+    let held = if write { HeldPages::hold(range) } else { HeldPages::copied(range) };
+    let held = held.map_err(|error| match error.kind() {
+        io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied => Busy::Always,
+        _ => Busy::Now,
+    })?;
+    let mut replacement = mm.begin_replacement(range).ok_or(Busy::Now)?;
     let contents = held.contents();
     // From here on a fork finds what the child may lack.
     *managed.replacing().lock() = Some(held);
@@ -167,7 +184,7 @@ unsafe fn replace(managed: &Managed, range: VaRange, write: bool, plain: Plain) 
             Ok(()) => break Ok(()),
             Err((back, _)) if is_mapped(range) => {
                 drop(back);
-                break Err(Busy);
+                break Err(Busy::Now);
             }
             // The kernel has taken the old mapping away and not put the new one there: nothing else will do.
             Err((back, _)) => {
