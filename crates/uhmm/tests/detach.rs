@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use common::{PAGE, Random, Setup, WORDS, eventually, in_process, name_of, part, settle, word};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags};
@@ -472,28 +473,39 @@ fn forks_beside_it(setup: Setup) {
     in_process(&name_of(setup, "forks_beside_it"), None, || {
         let space = setup.space(ByteSize::mib(8));
         let file = file(PAGES);
-        for round in 1..=12 {
+        const ROUNDS: u64 = 24;
+        // How long it takes by itself: a fork falls into another part of it each time.
+        let mut took = Duration::ZERO;
+        for round in 0..ROUNDS {
             let mapped = Mapped::private(&file, PAGES);
             let says = |page: usize| word(round, page);
             (0..PAGES).for_each(|page| mapped.word(page, 9).store(says(page), Ordering::Relaxed));
             let start = Barrier::new(2);
             let holds = || (0..PAGES).all(|page| mapped.word(page, 9).load(Ordering::Relaxed) == says(page));
-            let usable = thread::scope(|scope| {
+            let (done, elapsed) = thread::scope(|scope| {
                 let detached = scope.spawn(|| {
                     start.wait();
-                    detach(&space, mapped.range)
+                    let since = Instant::now();
+                    (detach(&space, mapped.range), since.elapsed())
                 });
                 start.wait();
-                // At another moment of it each time.
-                (0..round * 4000).for_each(|_| std::hint::spin_loop());
-                expect_well(fork(|| {
-                    let right = holds();
-                    (0..PAGES).for_each(|page| mapped.word(page, 9).store(0, Ordering::Relaxed));
-                    right
-                }));
-                detached.join().unwrap().is_some()
+                let (since, wait) = (Instant::now(), took.mul_f64(round as f64 / ROUNDS as f64));
+                if round > 0 {
+                    while since.elapsed() < wait {
+                        std::hint::spin_loop();
+                    }
+                    expect_well(fork(|| {
+                        let right = holds();
+                        (0..PAGES).for_each(|page| mapped.word(page, 9).store(0, Ordering::Relaxed));
+                        right
+                    }));
+                }
+                detached.join().unwrap()
             });
-            if !usable {
+            if round == 0 {
+                took = elapsed;
+            }
+            if done.is_none() {
                 return;
             }
             assert!(holds());
