@@ -32,7 +32,7 @@ const TESTS: usize = 58;
 const HUGE: &str = "anon_write_hugetlbfs";
 
 /// Those that are skipped where there are no coherent devices, which is so where frames are not moved.
-const COHERENT: &str = ".hmm_device_coherent.";
+const COHERENT: &str = "_device_coherent.";
 
 /// How the tests are run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -61,7 +61,7 @@ pub use adoption::Adoption;
 pub use builder::{Builder, LEAST_BUDGET, SpaceError};
 pub(crate) use detach::Replacing;
 pub use detach::{DetachError, Detached};
-pub use evacuation::Evacuated;
+pub use evacuation::{DrainError, Drained, Evacuated};
 pub use migration::Migration;
 pub use pins::Pinned;
 pub use program::{MappingKind, ProgramMapping};
@@ -119,6 +119,7 @@ pub struct Space {
 pub(crate) struct Inner {
     pub(crate) managed: Arc<Managed>,
     pagemaps: Vec<Arc<Pagemap>>,
+    stops: Vec<evacuation::Stops>,
     membership: Option<Membership>,
     crew: Option<Arc<Crew>>,
     threads: Vec<JoinHandle<()>>,
