@@ -239,7 +239,7 @@ impl<'m> Handle<'m> {
         let own = self.machine.owner(self.node)?;
         let mut areas = self.areas();
         let space = self.machine.space();
-        self.detach(range)?;
+        self.detach(range, &space.mappings(range).map_err(|_| Error::NoMemory)?)?;
         let moved = self.each_mapping(range, |mapping| {
             areas.cover(space, self.node, &mapping)?;
             for (part, mirror) in areas.watched(mapping.range) {
@@ -261,18 +261,17 @@ impl<'m> Handle<'m> {
         }
     }
 
-    /// Makes memory that can be watched of what was written in private mappings of files.
-    fn detach(&self, range: VaRange) -> Result<(), Error> {
-        let space = self.machine.space();
-        let mappings = space.mappings(range).map_err(|_| Error::NoMemory)?;
+    /// Makes memory that can be watched of what was written in private mappings of files, if there are any among the
+    /// mappings of `range`. Whether it did, so that these are others now.
+    fn detach(&self, range: VaRange, mappings: &[ProgramMapping]) -> Result<bool, Error> {
         if !mappings.iter().any(|mapping| mapping.kind == MappingKind::PrivateFile) {
-            return Ok(());
+            return Ok(false);
         }
         // What devices store goes past the page table.
         let _leave = self.machine.leave();
         // SAFETY: what a device may be asked about was promised to the machine (`Dmirror::new`).
-        let _ = unsafe { space.detach(range) }.map_err(|_| Error::NoMemory)?;
-        Ok(())
+        let done = unsafe { self.machine.space().detach(range) }.map_err(|_| Error::NoMemory)?;
+        Ok(!done.pages.is_zero())
     }
 
     /// Waits a while until no page of `range` is on its way: a program goes on as soon as its page is there, a moment
@@ -357,9 +356,11 @@ impl<'m> Handle<'m> {
     /// If `into` is not as long as the range.
     pub fn exclusive(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
         let mut areas = self.areas();
-        self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
-        self.detach(range)?;
-        for mapping in self.permit(range, Want::Write).map_err(|_| Error::Busy)? {
+        let mut mappings = self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
+        if self.detach(range, &mappings)? {
+            mappings = self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
+        }
+        for mapping in mappings {
             areas.cover(self.machine.space(), self.node, &mapping)?;
         }
         let mut taken = PageCount::ZERO;

@@ -152,11 +152,11 @@ fn a_device_that_loses_pages_is_not_empty(setup: Setup) {
     assert_eq!(space.migrate(buffer.range()).unwrap().moved, ALL);
     device.deaf.store(true, Ordering::Release);
     let (start, patience) = (Instant::now(), Duration::from_millis(50));
-    let Err(DrainError::Held { left, skipped, holders }) = space.drain(0, patience) else {
+    let Err(DrainError::InUse(why)) = space.drain(0, patience) else {
         panic!("a device that gives nothing back was emptied")
     };
     assert!(start.elapsed() >= patience);
-    assert_eq!((left, skipped.get(Skip::Failed), holders.len()), (ALL, PAGES as u64, 0));
+    assert_eq!((why.left, why.skipped.get(Skip::Failed), why.holders.len()), (ALL, PAGES as u64, 0));
     // Nothing was given up, and everything goes on.
     device.deaf.store(false, Ordering::Release);
     check(&buffer, 3);
@@ -179,10 +179,10 @@ fn who_is_in_the_way_is_named(setup: Setup) {
     let home = space.pin(part(buffer.range(), 30, 2), PinFor::Read).unwrap();
     let error = space.drain(0, Duration::from_millis(50)).unwrap_err();
     let text = error.to_string();
-    let DrainError::Held { left, skipped, holders } = error else { panic!("{error}") };
-    assert_eq!((left.get(), skipped.get(Skip::Pinned)), (4, 4));
-    assert_eq!(holders.len(), 1);
-    assert_eq!((holders[0].range, holders[0].place.line()), (held, line));
+    let DrainError::InUse(why) = error else { panic!("{error}") };
+    assert_eq!((why.left.get(), why.skipped.get(Skip::Pinned)), (4, 4));
+    let holders: Vec<_> = why.holders.iter().map(|holder| (holder.range, holder.place.line())).collect();
+    assert_eq!(holders, [(held, line)]);
     assert!(text.contains(&format!("{}:{line}", file!())), "{text}");
     // All of it can be used as before.
     assert_eq!(space.residency(held).mapped.get(), 4);

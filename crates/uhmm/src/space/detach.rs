@@ -197,8 +197,8 @@ unsafe fn replace(managed: &Managed, range: VaRange, write: bool, plain: Plain) 
         // Nobody can store to the frames any more: this is the last that they will say.
         let last = managed.replacing().lock().as_mut().map_or(Ok(()), HeldPages::refresh);
         match last {
-            // SAFETY: the buffer is as long as the range, ours, and kept until the lock's value is dropped below.
             Ok(()) => {
+                // SAFETY: the buffer is as long as the range, ours, and kept until the lock's value is dropped below.
                 while !unsafe { replacement.fill(contents) } {
                     std::thread::yield_now();
                 }

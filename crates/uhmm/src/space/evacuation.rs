@@ -78,15 +78,20 @@ pub enum DrainError {
     #[error(transparent)]
     Migrate(#[from] MigrateError),
     /// The time is over.
-    #[error("{left} of the device are still in use; {skipped:?}{}", places(.holders))]
-    Held {
-        /// Pages in use.
-        left: PageCount,
-        /// Why the last look could not move those that it found. What other processes use it does not find.
-        skipped: Skipped,
-        /// Who has pinned some of them where they are: to be asked to let go.
-        holders: Vec<Holder>,
-    },
+    #[error(transparent)]
+    InUse(#[from] Box<InUse>),
+}
+
+/// What is left on a device that was to be empty.
+#[derive(Debug, thiserror::Error)]
+#[error("{left} of the device are still in use; {skipped:?}{}", places(.holders))]
+pub struct InUse {
+    /// Pages in use.
+    pub left: PageCount,
+    /// Why the last look could not move those that it found. What other processes use it does not find.
+    pub skipped: Skipped,
+    /// Who has pinned some of them where they are: to be asked to let go.
+    pub holders: Vec<Holder>,
 }
 
 fn places(holders: &[Holder]) -> String {
@@ -101,7 +106,7 @@ impl Space {
     /// left, for as long as `patience` says. Until the result is dropped it stays empty, to be reset or taken away.
     ///
     /// # Errors
-    /// [`DrainError::Held`], with the pins that keep pages on the device.
+    /// [`DrainError::InUse`], with the pins that keep pages on the device.
     pub fn drain(&self, device: usize, patience: Duration) -> Result<Drained<'_>, DrainError> {
         let stopped = self.stop(device)?;
         let start = Instant::now();
@@ -112,7 +117,7 @@ impl Space {
             }
             if start.elapsed() >= patience {
                 let holders = self.holders_on(stopped.map);
-                return Err(DrainError::Held { left: done.left, skipped: done.skipped, holders });
+                return Err(Box::new(InUse { left: done.left, skipped: done.skipped, holders }).into());
             }
             std::thread::sleep(NAP);
         }

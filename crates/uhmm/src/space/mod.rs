@@ -61,7 +61,7 @@ pub use adoption::Adoption;
 pub use builder::{Builder, LEAST_BUDGET, SpaceError};
 pub(crate) use detach::Replacing;
 pub use detach::{DetachError, Detached};
-pub use evacuation::{DrainError, Drained, Evacuated};
+pub use evacuation::{DrainError, Drained, Evacuated, InUse};
 pub use migration::Migration;
 pub use pins::Pinned;
 pub use program::{MappingKind, ProgramMapping};
