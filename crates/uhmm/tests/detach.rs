@@ -20,6 +20,7 @@ with_engine!(Threads, threads_move, threads_fallback:
     written_pages_move_and_the_files_own_stay,
     what_is_read_only_moves_as_well,
     what_is_special_stays,
+    a_program_that_locks_what_it_maps,
     what_is_shared_stays,
     no_store_is_lost,
     discards_beside_it,
@@ -231,6 +232,25 @@ fn what_is_special_stays(setup: Setup) {
     assert!(mapped.holds(0, PAGES, 1));
     assert_eq!(kinds(&space, part(mapped.range, 0, 8)), [(MappingKind::PrivateFile, 8)]);
     space.unwatch(mapped.range);
+}
+
+/// Pages that are locked as soon as they are mapped would be there before the contents are.
+fn a_program_that_locks_what_it_maps(setup: Setup) {
+    in_process(&name_of(setup, "a_program_that_locks_what_it_maps"), None, || {
+        let space = setup.space(ByteSize::mib(4));
+        let mapped = Mapped::private(&file(PAGES), PAGES);
+        mapped.fill(0, PAGES, 1);
+        // SAFETY: it locks what is mapped from now on.
+        assert_eq!(unsafe { libc::mlockall(libc::MCL_FUTURE) }, 0);
+        // SAFETY: the test's own memory, to which nobody does anything meanwhile.
+        let done = unsafe { space.detach(mapped.range) }.unwrap();
+        assert_eq!(done.pages.plus(done.busy), PageCount::new(PAGES));
+        assert!(mapped.holds(0, PAGES, 1));
+        // SAFETY: as above.
+        unsafe { libc::munlockall() };
+        space.unwatch(mapped.range);
+        assert!(mapped.holds(0, PAGES, 1));
+    });
 }
 
 fn what_is_shared_stays(setup: Setup) {

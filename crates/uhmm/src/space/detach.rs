@@ -167,6 +167,10 @@ unsafe fn replace(managed: &Managed, range: VaRange, write: bool, plain: Plain) 
     let mut empty = Mapping::replacement(range.bytes(), write, plain.accounted).map_err(|_| Busy::Now)?;
     // SAFETY: nobody touches it where it is; where it goes, the caller gives it into our power.
     unsafe { mm.host().program().register(empty.range(), Mode::MISSING_AND_WP) }.map_err(|_| Busy::Now)?;
+    // A system that is told to lock what is mapped (`mlockall`) puts pages there, which nobody would wait for.
+    if mm.host().present(empty.range(), &mut [range]).0 > 0 {
+        return Err(Busy::Always);
+    }
     // What may not be written is not written, as long as its protection stays.
     let held = if write { HeldPages::hold(range) } else { HeldPages::copied(range) };
     let held = held.map_err(|error| match error.kind() {
