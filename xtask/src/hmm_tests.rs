@@ -1,12 +1,12 @@
 //! The kernel's own tests of HMM, unmodified, on the device of `crates/dmirror`.
 //!
 //! What    [`run`]: takes `hmm-tests` and the few files that it includes out of Debian's package of the kernel's source,
-//!         builds it, runs it with the shim loaded, prints its results, and judges them.
+//!         builds it, runs it with the shim loaded as often as asked for ([`Options`]), prints its results, and judges them.
 //! Why     what the tests expect was written by others, for another implementation.
 //! Owns    a directory below the target directory. None of the kernel's code is part of this repository. Four huge
 //!         pages, while the tests run, where this user may reserve some.
-//! Fails   with exit code 1, and why: the source cannot be had, or the results are not those that are expected. That
-//!         is also so where a test passes that is expected to fail: the list is to be true.
+//! Fails   with exit code 1, and why: the source cannot be had, or the results are not those that are expected. With
+//!         exit code 2 where the options make no sense.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,17 +28,55 @@ const FILES: [&str; 5] = [
 
 /// So many results there are.
 const TESTS: usize = 58;
-/// Tests that fail, and why.
-const FAIL: [(&str, &str); 2] = [
-    ("hmm.hmm_device_private.migrate_file_private", "userfaultfd does not watch private mappings of a file"),
-    ("hmm.hmm_device_coherent.migrate_file_private", "userfaultfd does not watch private mappings of a file"),
-];
 /// Those that are skipped where there are no huge pages.
 const HUGE: &str = "anon_write_hugetlbfs";
 
+/// Those that are skipped where there are no coherent devices, which is so where frames are not moved.
+const COHERENT: &str = "_device_coherent.";
+
+/// How the tests are run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Options {
+    /// How often, one time after the other. The first time that fails is the last.
+    repeat: u32,
+    /// As on a kernel that cannot move frames.
+    fallback: bool,
+}
+
+impl Options {
+    const USAGE: &str = "usage: cargo xtask hmm-tests [--repeat N] [--fallback]";
+
+    fn parse(arguments: &[String]) -> Result<Self, String> {
+        let mut options = Self { repeat: 1, fallback: false };
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            match argument.as_str() {
+                "--fallback" => options.fallback = true,
+                "--repeat" => {
+                    let given = arguments.next().map_or("", String::as_str);
+                    options.repeat = given
+                        .parse()
+                        .ok()
+                        .filter(|times| *times > 0)
+                        .ok_or_else(|| format!("--repeat takes a number of times, not '{given}'"))?;
+                }
+                other => return Err(format!("'{other}' is no option of it")),
+            }
+        }
+        Ok(options)
+    }
+}
+
 /// Gets, builds, runs and judges the tests.
-pub(crate) fn run(root: &Path) -> ExitCode {
-    match try_run(root) {
+pub(crate) fn run(root: &Path, arguments: &[String]) -> ExitCode {
+    let options = match Options::parse(arguments) {
+        Ok(options) => options,
+        Err(why) => {
+            eprintln!("{why}\n{}", Options::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    match try_run(root, options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             println!("{why}");
@@ -47,7 +85,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-fn try_run(root: &Path) -> Result<(), String> {
+fn try_run(root: &Path, options: Options) -> Result<(), String> {
     let dir = below_target("kernel");
     let source = dir.join("source");
     get_source(&dir, &source)?;
@@ -62,21 +100,26 @@ fn try_run(root: &Path) -> Result<(), String> {
     if let Err(why) = &huge {
         println!("no huge pages for the tests: {why}");
     }
-    // Its exit code says less than its results.
-    let output = Command::new(&program)
-        .env("LD_PRELOAD", &shim)
-        .output()
-        .map_err(|error| format!("{}: {error}", program.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let results = Results::of(&text);
-    let outcome = results.judge(huge.is_ok());
-    drop(huge);
-    if outcome.is_err() {
-        println!("{text}{}", String::from_utf8_lossy(&output.stderr));
-    } else {
-        text.lines().filter(|line| is_result(line)).for_each(|line| println!("{line}"));
+    for time in 1..=options.repeat {
+        let mut tests = Command::new(&program);
+        tests.env("LD_PRELOAD", &shim).env("UHMM_FORCED_FALLBACK", if options.fallback { "1" } else { "0" });
+        // Its exit code says less than its results.
+        let output = tests.output().map_err(|error| format!("{}: {error}", program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let results = Results::of(&text);
+        if let Err(why) = results.judge(huge.is_ok(), !options.fallback) {
+            println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+            return Err(format!("time {time} of {}: {why}", options.repeat));
+        }
+        if time == 1 {
+            text.lines().filter(|line| is_result(line)).for_each(|line| println!("{line}"));
+        }
+        if options.repeat > 1 {
+            let (passed, skipped) = (results.passed.len(), results.skipped.len());
+            println!("time {time} of {}: {passed} passed, {skipped} skipped", options.repeat);
+        }
     }
-    outcome
+    Ok(())
 }
 
 fn is_result(line: &str) -> bool {
@@ -192,21 +235,12 @@ impl<'a> Results<'a> {
         results
     }
 
-    fn judge(&self, huge: bool) -> Result<(), String> {
-        let mut wrong = Vec::new();
-        for name in &self.failed {
-            if !FAIL.iter().any(|(known, _)| known == name) {
-                wrong.push(format!("{name} fails"));
-            }
-        }
-        for (name, why) in FAIL {
-            if !self.failed.contains(name) {
-                wrong
-                    .push(format!("{name} was expected to fail ({why}); if it passes, take it off the list"));
-            }
-        }
+    /// Whether all of them passed that can: those that need huge pages and coherent devices where there are such.
+    fn judge(&self, huge: bool, coherent: bool) -> Result<(), String> {
+        let mut wrong: Vec<String> = self.failed.iter().map(|name| format!("{name} fails")).collect();
         for name in &self.skipped {
-            if huge || !name.ends_with(HUGE) {
+            let lacks = !huge && name.ends_with(HUGE) || !coherent && name.contains(COHERENT);
+            if !lacks {
                 wrong.push(format!("{name} is skipped"));
             }
         }
@@ -223,37 +257,52 @@ mod tests {
     use super::*;
 
     fn report(change: impl Fn(&str) -> Option<&'static str>) -> String {
-        let pass = (0..TESTS - FAIL.len()).map(|n| format!("test.{n}"));
-        let fail = FAIL.iter().map(|(name, _)| (*name).to_owned());
         let mut text = "TAP version 13\n1..58\n#  RUN           hmm\n".to_owned();
-        for (n, name) in pass.chain(fail).enumerate() {
-            let fails = FAIL.iter().any(|(known, _)| *known == name);
-            let usual = if fails { "fail" } else { "pass" };
-            text += &match change(&name).unwrap_or(usual) {
+        for n in 0..TESTS {
+            let variant = if n % 2 == 0 { "private" } else { "coherent" };
+            let name = format!("hmm.hmm_device_{variant}.test{n}");
+            text += &match change(&name).unwrap_or("pass") {
                 "pass" => format!("ok {n} {name}\n"),
                 "fail" => format!("not ok {n} {name}\n"),
                 "skip" => format!("ok {n} {name} # SKIP for a reason\n"),
                 _ => String::new(),
             };
         }
-        text + "# Totals: pass:56 fail:2 xfail:0 xpass:0 skip:0 error:0\n"
+        text + "# Totals: pass:58 fail:0 xfail:0 xpass:0 skip:0 error:0\n"
     }
 
     #[test]
     fn what_is_expected_passes() {
         let text = report(|_| None);
-        assert_eq!(Results::of(&text).judge(true), Ok(()));
-        assert_eq!(Results::of(&text).passed.len(), TESTS - FAIL.len());
+        assert_eq!(Results::of(&text).judge(true, true), Ok(()));
+        assert_eq!(Results::of(&text).passed.len(), TESTS);
     }
 
     #[test]
     fn what_is_not_fails() {
-        for (name, instead) in
-            [("test.3", "fail"), ("test.3", "skip"), ("test.3", "none"), (FAIL[1].0, "pass")]
-        {
-            let text = report(|found| (found == name).then_some(instead));
-            assert!(Results::of(&text).judge(true).is_err(), "{name} {instead}");
+        for instead in ["fail", "skip", "none"] {
+            let text = report(|found| found.ends_with("test3").then_some(instead));
+            assert!(Results::of(&text).judge(true, true).is_err(), "{instead}");
         }
-        assert!(Results::of("").judge(true).is_err());
+        assert!(Results::of("").judge(true, true).is_err());
+    }
+
+    #[test]
+    fn without_coherent_devices_their_tests_are_skipped_and_no_others() {
+        let text = report(|found| found.contains(COHERENT).then_some("skip"));
+        assert_eq!(Results::of(&text).judge(true, false), Ok(()));
+        let text = report(|_| Some("skip"));
+        assert!(Results::of(&text).judge(true, false).is_err());
+    }
+
+    #[test]
+    fn options_are_read_and_nonsense_is_refused() {
+        let parse =
+            |line: &str| Options::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+        assert_eq!(parse(""), Ok(Options { repeat: 1, fallback: false }));
+        assert_eq!(parse("--fallback --repeat 20"), Ok(Options { repeat: 20, fallback: true }));
+        for nonsense in ["--repeat", "--repeat 0", "--repeat x", "--all", "20"] {
+            assert!(parse(nonsense).is_err(), "{nonsense}");
+        }
     }
 }

@@ -41,14 +41,14 @@ fn main() -> ExitCode {
     let name = arguments.next().unwrap_or_default();
     let rest: Vec<String> = arguments.collect();
     if name == HMM_TESTS {
-        return hmm_tests::run(&root());
+        return hmm_tests::run(&root(), &rest);
     }
     let Some((_, _, steps)) = TASKS.iter().find(|(known, ..)| *known == name) else {
         eprintln!("usage: cargo xtask TASK\n");
         for (name, about, _) in TASKS {
             eprintln!("  {name:<12} {about}");
         }
-        eprintln!("  {HMM_TESTS:<12} the last step of conformance by itself");
+        eprintln!("  {HMM_TESTS:<12} the last steps of conformance by themselves; --repeat N, --fallback");
         return ExitCode::from(2);
     };
     run(&steps(&rest))

@@ -269,6 +269,7 @@ pub(crate) fn conformance() -> Vec<Step> {
         Step::cargo("sim-host", "test -p uhmm-testdev --tests"),
         Step::cargo("linux-host", "test -p uhmm-sys --lib -- host:: uffd::"),
         hmm_tests,
+        Step::cargo("hmm-fallback", "xtask hmm-tests --fallback"),
     ]
 }
 

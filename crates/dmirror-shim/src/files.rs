@@ -12,7 +12,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use uhmm::ByteSize;
+use uhmm::space::Builder;
+use uhmm::{ByteSize, Space};
 use uhmm_dmirror::{Dmirror, Handle};
 
 /// What a device can hold. Its memory is taken where it is used.
@@ -35,6 +36,13 @@ pub struct State {
     files: Mutex<Files>,
 }
 
+/// Set to 1, it has the machine behave as on a kernel that cannot move frames.
+const FALLBACK: &str = "UHMM_FORCED_FALLBACK";
+
+fn builder() -> Builder {
+    Space::builder().forced_fallback(std::env::var_os(FALLBACK).is_some_and(|value| value == "1"))
+}
+
 static STATE: AtomicPtr<State> = AtomicPtr::new(ptr::null_mut());
 /// Whoever makes the machine.
 static MAKING: Mutex<()> = Mutex::new(());
@@ -54,7 +62,7 @@ impl State {
         }
         // SAFETY: the program decides which addresses a device is asked about, as with the kernel's, and is no Rust
         // program that would hold references to them; this library's own memory is apart from its heap.
-        let machine = match unsafe { Dmirror::new(DEVICE) } {
+        let machine = match unsafe { Dmirror::with(builder(), DEVICE) } {
             Ok(machine) => machine,
             Err(error) => {
                 eprintln!("uhmm-dmirror: {error}");

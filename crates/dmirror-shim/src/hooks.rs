@@ -1,6 +1,7 @@
 //! The functions of the C library that are replaced, and the constructor.
 //!
-//! `munmap` is not among them: its event reaches the machine before the call returns.
+//! What a program does to its mappings waits while the machine replaces one ([`uhmm::Space::detach`]); that a mapping
+//! went, its event says before the call returns.
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::mem;
@@ -227,7 +228,8 @@ macro_rules! maps {
                 let _ = unsafe { libc::ftruncate(fd, offset.saturating_add_unsigned(len as u64)) };
             }
             // SAFETY: the caller's arguments, as they are.
-            let mapped = unsafe { real(at, len, protection, flags, fd, offset) };
+            let map = || unsafe { real(at, len, protection, flags, fd, offset) };
+            let mapped = if flags & libc::MAP_FIXED == 0 { map() } else { remapping(map) };
             if device && mapped != libc::MAP_FAILED {
                 // The kernel's device puts its pages there at once, to be read.
                 // SAFETY: the new mapping, whose contents do not change.
@@ -244,6 +246,48 @@ maps!(mmap MMAP c"mmap", mmap64 MMAP64 c"mmap64");
 
 static MPROTECT: Real = Real::new(c"mprotect");
 static MADVISE: Real = Real::new(c"madvise");
+static MUNMAP: Real = Real::new(c"munmap");
+static MREMAP: Real = Real::new(c"mremap");
+
+/// Has `change` change mappings, when the machine, if there is one, is not about to.
+fn remapping<R>(change: impl FnOnce() -> R) -> R {
+    match State::get() {
+        Some(state) => state.machine.space().remapping(change),
+        None => change(),
+    }
+}
+
+/// As the C library's.
+///
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn munmap(at: *mut c_void, len: usize) -> c_int {
+    type Unmap = unsafe extern "C" fn(*mut c_void, usize) -> c_int;
+    // SAFETY: this is the C library's function of that name.
+    let real: Unmap = unsafe { mem::transmute(MUNMAP.get()) };
+    // SAFETY: the caller's arguments, as they are.
+    remapping(|| unsafe { real(at, len) })
+}
+
+/// As the C library's; the new address is there, and looked at, where the flags say so.
+///
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mremap(
+    at: *mut c_void,
+    len: usize,
+    new_len: usize,
+    flags: c_int,
+    to: *mut c_void,
+) -> *mut c_void {
+    type Remap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, ...) -> *mut c_void;
+    // SAFETY: this is the C library's function of that name.
+    let real: Remap = unsafe { mem::transmute(MREMAP.get()) };
+    // SAFETY: the caller's arguments, as they are.
+    remapping(|| unsafe { real(at, len, new_len, flags, to) })
+}
 
 /// As the C library's; a device hears of it first.
 ///
@@ -271,9 +315,9 @@ pub unsafe extern "C" fn madvise(at: *mut c_void, len: usize, advice: c_int) -> 
     type Advise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
     // SAFETY: this is the C library's function of that name.
     let real: Advise = unsafe { mem::transmute(MADVISE.get()) };
-    // SAFETY: the caller's arguments, as they are.
-    let result = unsafe { real(at, len, advice) };
     let discards = matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE);
+    // SAFETY: the caller's arguments, as they are.
+    let result = remapping(|| unsafe { real(at, len, advice) });
     if result == 0
         && discards
         && let (Some(state), Some(range)) = (State::get(), VaRange::covering(VirtAddr::of(at), len))

@@ -10,7 +10,8 @@
 //!
 //! Calls are translated, and nothing else: what the device does is the library's. A child of fork starts without the
 //! parent's machine and opens its own; a descriptor that it inherited is of no use to it. Copies of a descriptor (`dup`)
-//! are not the device.
+//! are not the device. With `UHMM_FORCED_FALLBACK=1` pages are copied out instead of moved, and there are no coherent
+//! devices.
 #![allow(missing_docs, reason = "nothing here is for Rust callers: the crate is a loaded library")]
 #![allow(unreachable_pub)]
 

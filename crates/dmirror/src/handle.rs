@@ -226,7 +226,8 @@ impl<'m> Handle<'m> {
     }
 
     /// Moves the pages of `range` to the device, and has it read them into `into`. Private anonymous memory can be
-    /// moved, pages that were never touched included; pages on other devices are not.
+    /// moved, pages that were never touched included, and what was written of private mappings of files; pages on other
+    /// devices are not.
     ///
     /// # Errors
     /// [`Error::Invalid`] if something is not mapped, may not be read, or is a pool's huge page; [`Error::NotThere`] if
@@ -238,6 +239,7 @@ impl<'m> Handle<'m> {
         let own = self.machine.owner(self.node)?;
         let mut areas = self.areas();
         let space = self.machine.space();
+        self.detach(range, &space.mappings(range).map_err(|_| Error::NoMemory)?)?;
         let moved = self.each_mapping(range, |mapping| {
             areas.cover(space, self.node, &mapping)?;
             for (part, mirror) in areas.watched(mapping.range) {
@@ -257,6 +259,19 @@ impl<'m> Handle<'m> {
             Ok(pages) if pages == range.pages() => Ok(Counts { pages, faults: 0 }),
             Ok(_) | Err(Unreachable) => Err(Error::NotThere),
         }
+    }
+
+    /// Makes memory that can be watched of what was written in private mappings of files, if there are any among the
+    /// mappings of `range`. Whether it did, so that these are others now.
+    fn detach(&self, range: VaRange, mappings: &[ProgramMapping]) -> Result<bool, Error> {
+        if !mappings.iter().any(|mapping| mapping.kind == MappingKind::PrivateFile) {
+            return Ok(false);
+        }
+        // What devices store goes past the page table.
+        let _leave = self.machine.leave();
+        // SAFETY: what a device may be asked about was promised to the machine (`Dmirror::new`).
+        let done = unsafe { self.machine.space().detach(range) }.map_err(|_| Error::NoMemory)?;
+        Ok(!done.pages.is_zero())
     }
 
     /// Waits a while until no page of `range` is on its way: a program goes on as soon as its page is there, a moment
@@ -341,7 +356,11 @@ impl<'m> Handle<'m> {
     /// If `into` is not as long as the range.
     pub fn exclusive(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
         let mut areas = self.areas();
-        for mapping in self.permit(range, Want::Write).map_err(|_| Error::Busy)? {
+        let mut mappings = self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
+        if self.detach(range, &mappings)? {
+            mappings = self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
+        }
+        for mapping in mappings {
             areas.cover(self.machine.space(), self.node, &mapping)?;
         }
         let mut taken = PageCount::ZERO;

@@ -20,6 +20,7 @@ with_engine!(Threads, threads_move, threads_fallback:
     anon_write_prot,
     shared_and_file,
     migrate,
+    migrate_file_private,
     migrate_fault,
     migrate_release,
     migrate_shared,
@@ -103,7 +104,7 @@ fn anon_write_prot(setup: Setup) {
     check(&read(&handle, memory.range()).unwrap().0, 5);
 }
 
-/// Memory that no page leaves.
+/// Memory that no page leaves, and a private mapping of it, whose written pages do.
 fn shared_and_file(setup: Setup) {
     alone(setup, "shared_and_file", shared_and_file_alone);
 }
@@ -124,7 +125,13 @@ fn shared_and_file_alone(setup: Setup) {
         let written = handle.write(range, &from).map(|counts| counts.faults);
         assert_eq!(written, if read_only { Err(Error::Permission) } else { Ok(1) });
         check(&read(&handle, range).unwrap().0, 6);
-        assert_eq!(to_device(&handle, range), Err(Error::NotThere));
+        match to_device(&handle, range) {
+            Ok(found) => {
+                assert_eq!(flags, MapFlags::PRIVATE);
+                check(&found, 6);
+            }
+            Err(error) => assert_eq!(error, Error::NotThere),
+        }
         // SAFETY: the mapping from above, to which nothing refers.
         unsafe { munmap(start, 4 * PAGE) }.unwrap();
         assert_eq!(read(&handle, range), Err(Error::Fault));
@@ -145,6 +152,46 @@ fn migrate(setup: Setup) {
     let counts = handle.migrate_to_system(memory.range()).unwrap();
     assert_eq!(counts.pages, pages(PAGES));
     check(memory.words(0, PAGES), 7);
+}
+
+/// What was written of a private mapping of a file goes to the device, the file's own pages do not.
+fn migrate_file_private(setup: Setup) {
+    let machine = machine(setup, ByteSize::mib(4));
+    let handle = machine.open(NODES[0]).unwrap();
+    let file = rustix::fs::memfd_create("dmirror", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::io::pwrite(&file, &bytes(&pattern(20, PAGES)), 0).unwrap();
+    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+    let mut memory = Memory::new(PAGES);
+    // SAFETY: over the memory's own mapping, to which nothing refers.
+    unsafe { mmap(memory.start().cast(), PAGES * PAGE, prot, flags, &file, 0) }.unwrap();
+    let (low, high) = (part(memory.range(), 0, PAGES / 2), part(memory.range(), PAGES / 2, PAGES / 2));
+    fill(memory.words_mut(0, PAGES / 2), 21);
+    check(&read(&handle, low).unwrap().0, 21);
+    if to_device(&handle, low) == Err(Error::NotThere) {
+        return common::skip(
+            "migrate_file_private",
+            "no pages can be held: no io_uring, or before Linux 6.5",
+        );
+    }
+    assert_eq!(machine.device_pages(NODES[0]), pages(PAGES / 2));
+    assert_eq!(to_device(&handle, high), Err(Error::NotThere));
+    assert_eq!(
+        look(&handle, part(memory.range(), PAGES / 2 - 1, 2)),
+        [0x22, 0],
+        "nobody has touched that one"
+    );
+    check(&read(&handle, low).unwrap().0, 21);
+    common::check_from(&read(&handle, high).unwrap().0, 20, PAGES / 2 * PAGE / 8);
+    check(memory.words(0, PAGES / 2), 21);
+    // Written by the device, and then by nobody but it.
+    handle.write(high, &bytes(&pattern(22, PAGES / 2))).unwrap();
+    let mut into = vec![0; high.bytes()];
+    handle.exclusive(high, &mut into).unwrap();
+    assert!(handle.is_exclusive(high) && into == bytes(&pattern(22, PAGES / 2)));
+    check(memory.words(PAGES / 2, PAGES / 2), 22);
+    let mut found = vec![0; PAGES * PAGE];
+    rustix::io::pread(&file, &mut found, 0).unwrap();
+    assert!(found == bytes(&pattern(20, PAGES)), "none of it gets into the file");
 }
 
 fn migrate_fault(setup: Setup) {

@@ -22,6 +22,7 @@ with_engine!(Threads, threads_move, threads_fallback:
     a_device_that_is_full_half_way,
     a_handle_closes_with_pages_on_the_device,
     a_handle_closes_while_others_work,
+    releases_beside_migrations,
     an_address_that_is_mapped_anew,
 );
 
@@ -218,6 +219,53 @@ fn a_handle_closes_while_others_work(setup: Setup) {
         }
     });
     check(memory.words(0, PAGES), 19);
+}
+
+/// All pages are taken from the device while others bring them there, and the program writes.
+fn releases_beside_migrations(setup: Setup) {
+    let machine = machine(setup, ByteSize::mib(4));
+    let memory = Memory::new(PAGES);
+    let (range, over) = (memory.range(), AtomicBool::new(false));
+    let start = memory.start().expose_provenance();
+    let count = |page: usize| {
+        // SAFETY: an aligned word of the mapping, which everybody uses as this atomic.
+        unsafe { &*std::ptr::with_exposed_provenance::<AtomicUsize>(start + page * PAGE) }
+    };
+    let handle = machine.open(NODES[0]).unwrap();
+    let (written, there) = thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let (mut random, mut written) = (Random::new(3), vec![0; PAGES]);
+            while !over.load(Ordering::Relaxed) {
+                let page = random.below(PAGES);
+                count(page).fetch_add(1, Ordering::Relaxed);
+                written[page] += 1;
+            }
+            written
+        });
+        let mover = scope.spawn(|| {
+            let mut there = 0;
+            while !over.load(Ordering::Relaxed) {
+                let part = part(range, there % 32, 16);
+                assert!(matches!(to_device(&handle, part), Ok(_) | Err(Error::NotThere)));
+                there += 1;
+            }
+            there
+        });
+        for round in 0..10 {
+            match round % 2 {
+                0 => _ = handle.release().unwrap(),
+                _ => drop(machine.open(NODES[0]).unwrap()),
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+        (writer.join().unwrap(), mover.join().unwrap())
+    });
+    assert!(there > 0);
+    for (page, written) in written.into_iter().enumerate() {
+        assert_eq!(count(page).load(Ordering::Relaxed), written, "page {page}");
+    }
+    handle.release().unwrap();
+    assert_eq!(machine.device_pages(NODES[0]), PageCount::ZERO);
 }
 
 /// A new mapping at the place of one that the device knew.

@@ -1,8 +1,9 @@
 //! The Linux adapter: every contract with the kernel that uhmm relies on, one interface per file.
 //!
 //! What     userfaultfd ([`uffd`], [`host`]), what is present and permitted ([`scan`], [`rights`], [`maps`],
-//!          [`meter`]), memory of our own ([`mapping`], [`memfd`], [`node`]), threads, signals and sockets, [`vfio`],
-//!          and [`probe`], which asks the running kernel once what it can do.
+//!          [`smaps`], [`meter`]), memory of our own ([`mapping`], [`memfd`], [`node`]), frames that outlive their
+//!          mapping ([`held`]), threads, signals and sockets, [`vfio`], and [`probe`], which asks the running kernel
+//!          once what it can do.
 //! Needs    Linux 5.7 for write-protection, 6.7 for `PAGEMAP_SCAN`, 6.8 for `UFFDIO_MOVE`; what is missing
 //!          is found by [`probe`] and by outcome, never assumed from a version number.
 //! Never    keeps page states, decides policy, or retries on its own: each outcome is decoded once and
@@ -14,6 +15,7 @@ pub mod awake;
 pub mod child;
 pub mod clock;
 pub mod futex;
+pub mod held;
 pub mod host;
 pub mod limits;
 pub mod mapping;
@@ -27,6 +29,7 @@ pub mod relay;
 pub mod rights;
 pub mod scan;
 pub mod signals;
+pub mod smaps;
 pub mod socket;
 pub mod stack;
 pub mod thread;

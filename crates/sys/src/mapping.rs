@@ -175,6 +175,51 @@ impl Mapping {
         })
     }
 
+    /// Private zero pages that are to take the place of a mapping of the program's ([`Mapping::replace`]): without a
+    /// name, and accounted (counted as promised memory) as that one is.
+    pub fn replacement(len: usize, write: bool, accounted: bool) -> io::Result<Self> {
+        let mapping = Self::place(len, PAGE_SIZE, |at, len| {
+            let reserve = if accounted { MapFlags::empty() } else { MapFlags::NORESERVE };
+            let flags = MapFlags::PRIVATE | MapFlags::FIXED | reserve;
+            // SAFETY: `place` hands over pages that it mapped itself and that nobody uses yet.
+            unsafe { mm::mmap_anonymous(at, len, ProtFlags::READ | ProtFlags::WRITE, flags) }
+        })?;
+        if !write {
+            // Afterwards, as the program does: what is mapped to be read alone is never accounted.
+            // SAFETY: the pages are this mapping's own, and nobody uses them yet.
+            unsafe { mm::mprotect(mapping.start.as_ptr().cast(), len, mm::MprotectFlags::READ) }?;
+        }
+        Ok(mapping)
+    }
+
+    /// Takes the place of whatever is mapped at `at`, in one step (`mremap`): a thread that touches a page meanwhile
+    /// waits, and finds this mapping's. It is the program's from then on.
+    ///
+    /// # Errors
+    /// The kernel's error, and this mapping as it was. What was at `at` may be gone all the same.
+    ///
+    /// # Safety
+    /// The memory at `at` must be the caller's to give up. If a userfaultfd watches this mapping that reports
+    /// `EVENT_REMAP`, the call waits until somebody has read the event.
+    pub unsafe fn replace(self, at: VirtAddr) -> Result<(), (Self, Errno)> {
+        let to = ptr::with_exposed_provenance_mut(at.get());
+        let (from, len) = (self.start.as_ptr().cast(), self.len());
+        // Out of the register before it moves: the call may last, and somebody else may live there by then.
+        let entry = &REGISTER[usize::from(self.slot)];
+        entry.start.store(CHANGING, SeqCst);
+        // SAFETY: the pages are this mapping's own, and the destination is given up by the caller's promise.
+        match unsafe { mm::mremap_fixed(from, len, len, mm::MremapFlags::MAYMOVE, to) } {
+            Ok(_) => {
+                strike(core::mem::ManuallyDrop::new(self).slot);
+                Ok(())
+            }
+            Err(errno) => {
+                entry.start.store(self.range.start().get(), SeqCst);
+                Err((self, errno))
+            }
+        }
+    }
+
     /// Finds room, enters it into the register, and only then lets `fill` put memory there. Before that it
     /// cannot be accessed at all, so that nobody takes it for memory of the program.
     fn place(

@@ -54,6 +54,7 @@ fn populate_changed(mut child: Child<'_>) {
     let (managed, layout) = (child.managed, child.layout);
     let mm = managed.mm();
     let Some(everything) = VaRange::of_pages(Vpn::new(0), USER_PAGES) else { return };
+    child.copy_replaced();
     for part in mm.table().used(everything) {
         for page in part.iter() {
             let word = mm.word_for_child(layout, page, |page, slot| {
@@ -80,6 +81,24 @@ fn populate_changed(mut child: Child<'_>) {
 }
 
 impl Child<'_> {
+    /// Copies what lies in no slot and on no device: pages whose mapping is being replaced. A child that was made before
+    /// that has the old mapping, which takes nothing.
+    fn copy_replaced(&mut self) {
+        let managed = self.managed;
+        let mut replacing = managed.replacing().lock();
+        let Some(held) = replacing.as_mut() else { return };
+        let lost = held.refresh().is_err();
+        for page in held.range().iter().filter(|page| managed.mm().is_being_replaced(*page)) {
+            let offset = page.since(held.range().first()).bytes();
+            if lost {
+                self.fill(page, |child, page| child.poison(page).stop);
+            } else {
+                // SAFETY: the buffer is as long as the range.
+                self.copy(page, unsafe { held.contents().add(offset) });
+            }
+        }
+    }
+
     fn copy(&mut self, page: Vpn, source: NonNull<u8>) {
         debug_assert!(VirtAddr::of(source.as_ptr()).page_offset() == 0);
         self.fill(page, |child, page| {

@@ -5,7 +5,9 @@
 //!         core's [`Mm`] together.
 //! Owns    every mapping: the page table (flat over all user addresses, backed where it is used), the arenas.
 //!         All of it is uhmm's own memory: never registered for faults of the program, never moved.
-//! Locks   `ranges`, taken by threads that change or walk the managed ranges, never by a fault handler.
+//! Locks   `ranges`, taken by threads that change or walk the managed ranges, never by a fault handler. `changing`,
+//!         outside everything: the program's own calls read, whoever replaces mappings writes. `replacing`, inside the
+//!         layout lock, around the frames of mappings that are being replaced.
 //! Fails   [`BuildError`]: no userfaultfd for this user, or no address space.
 
 use std::io;
@@ -22,10 +24,13 @@ use uhmm_core::mm::{Epoch, Mm, Parts};
 use uhmm_core::pagemap::{Pagemap, PagemapSet};
 use uhmm_core::pagetable::{PageTable, State};
 use uhmm_core::stats::Stats;
+use uhmm_core::sync::{Gate, ReadGuard, WriteGuard};
 use uhmm_sys::futex::{self, Lock};
 use uhmm_sys::host::{Chute, HostOptions, LinuxHost};
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::uffd::{Features, Mode, OpenError, RegisterError, Uffd};
+
+use crate::space::Replacing;
 
 /// User addresses have 47 bits; so many pages.
 pub const USER_PAGES: PageCount = PageCount::new(1 << 35);
@@ -165,6 +170,10 @@ pub struct Managed {
     low: AtomicUsize,
     /// The processor of a handler that must not be held up, plus one; 0 if there is none.
     busy: AtomicU32,
+    changing: Gate,
+    /// The thread that keeps mappings as they are.
+    keeper: AtomicU32,
+    replacing: Lock<Replacing>,
     // The tables lie in these; dropped after `mm`.
     memory: Vec<Mapping>,
 }
@@ -189,6 +198,20 @@ fn this_thread() -> u32 {
 
 /// In the place of a thread of ours: it is not one for the moment. Thread numbers are smaller.
 const AWAY: u32 = 1 << 31;
+
+/// The program's mappings stay as they are; see [`Managed::keep_mappings`].
+#[derive(Debug)]
+#[must_use = "mappings may change again when this is dropped"]
+pub struct Kept<'a> {
+    keeper: &'a AtomicU32,
+    _alone: WriteGuard<'a, LinuxHost>,
+}
+
+impl Drop for Kept<'_> {
+    fn drop(&mut self) {
+        self.keeper.store(0, Ordering::Relaxed);
+    }
+}
 
 /// A thread of ours that is none for a while; its place is kept.
 struct Withdrawn<'a> {
@@ -304,6 +327,9 @@ impl Managed {
             published: Box::new([const { [const { AtomicUsize::new(0) }; 2] }; PUBLISHED]),
             low: AtomicUsize::new(0),
             busy: AtomicU32::new(0),
+            changing: Gate::new(),
+            keeper: AtomicU32::new(0),
+            replacing: Lock::new(None),
             memory,
         })
     }
@@ -360,6 +386,25 @@ impl Managed {
         }
         ranges.put(whole, Some(since));
         Ok(())
+    }
+
+    /// Keeps the program's mappings as they are, as far as it changes them by way of [`Managed::change_mappings`]. Not to
+    /// be called by a thread that does already.
+    pub fn keep_mappings(&self) -> Kept<'_> {
+        let alone = self.changing.write(self.mm.host());
+        self.keeper.store(this_thread(), Ordering::Relaxed);
+        Kept { keeper: &self.keeper, _alone: alone }
+    }
+
+    /// The calling thread is about to change mappings, until the guard is dropped. `None` for the thread that keeps them,
+    /// whose own memory may come and go.
+    pub fn change_mappings(&self) -> Option<ReadGuard<'_, LinuxHost>> {
+        (self.keeper.load(Ordering::Relaxed) != this_thread()).then(|| self.changing.read(self.mm.host()))
+    }
+
+    /// The frames of mappings that are being replaced.
+    pub(crate) const fn replacing(&self) -> &Lock<Replacing> {
+        &self.replacing
     }
 
     /// Whether events tell what the program does to its mappings.

@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use common::{Memory, PAGE, Setup, WORDS, check, eventually, fill, in_process, name_of, part, settle, word};
-use rustix::mm::{MprotectFlags, MremapFlags, mremap_fixed};
+use rustix::mm::{Advice, MprotectFlags, MremapFlags, mremap_fixed};
 use uhmm::{ByteSize, Counter, PageCount, Skip, Space};
 
 with_engine!(Threads, threads_move, threads_fallback:
     contents_given_up_read_as_zeros,
+    contents_that_may_be_taken,
     contents_given_up_beside_eviction,
     contents_given_up_beside_eviction_inside_a_limit,
     part_of_an_adopted_range_is_unmapped,
@@ -59,6 +60,39 @@ fn contents_given_up_read_as_zeros(setup: Setup) {
     assert!(memory.words(0, PAGES).iter().all(|word| *word == 0));
     drop(adopted);
     assert!(memory.words(0, PAGES).iter().all(|word| *word == 0));
+    assert_eq!(space.device_pages(0), Some(PageCount::ZERO));
+}
+
+/// `MADV_FREE`: the kernel may keep what is there until it needs the page. `MADV_REMOVE` is not for private memory.
+fn contents_that_may_be_taken(setup: Setup) {
+    let space = setup.space(ByteSize::mib(4));
+    let (mut memory, adopted) = adopted(&space, 6);
+    let advise = |first: usize, advice| {
+        // SAFETY: the test's own memory, whose contents it gives up.
+        unsafe { rustix::mm::madvise(memory.page(first).cast(), 32 * PAGE, advice) }
+    };
+    assert_eq!(space.migrate(part(memory.range(), 0, 32)).unwrap().moved, PageCount::new(32));
+    assert!(advise(16, Advice::LinuxRemove).is_err());
+    check(memory.words(0, PAGES), 6);
+    settle(&space, memory.range());
+    let _ = space.migrate(part(memory.range(), 0, 32)).unwrap();
+    advise(16, Advice::LinuxFree).unwrap();
+    // What was on the device is given up there; what was in RAM is as it was, or zeros.
+    eventually(|| space.device_pages(0) == Some(PageCount::new(16)));
+    assert!(memory.words(16, 16).iter().all(|word| *word == 0));
+    for (n, found) in (32 * WORDS..).zip(memory.words(32, 16)) {
+        assert!(*found == 0 || *found == word(6, n));
+    }
+    check(memory.words(0, 16), 6);
+    common::check_from(memory.words(48, 16), 6, 48 * WORDS);
+    // What is written afterwards stays, wherever it goes.
+    fill(memory.words_mut(0, PAGES), 7);
+    settle(&space, memory.range());
+    space.discarded(memory.range());
+    let _ = space.migrate(memory.range()).unwrap();
+    check(memory.words(0, PAGES), 7);
+    drop(adopted);
+    check(memory.words(0, PAGES), 7);
     assert_eq!(space.device_pages(0), Some(PageCount::ZERO));
 }
 

@@ -18,6 +18,7 @@ scenarios!(
     no_update_is_lost_to_migration,
     no_update_is_lost_to_eviction,
     no_update_is_lost_to_a_file,
+    none_of_ten_million_updates_is_lost,
     two_threads_on_one_page_fetch_it_once,
     many_threads_fault,
     migrations_race_each_other,
@@ -107,6 +108,48 @@ fn no_update_is_lost_to_a_file(setup: Setup) {
     no_update_is_lost(&space, 64, move |buffer, _| {
         let _ = moved.migrate(buffer.range()).unwrap();
     });
+}
+
+/// Two threads count to five million each, in words beside each other, while their pages leave again and again.
+fn none_of_ten_million_updates_is_lost(setup: Setup) {
+    const PAGES: usize = 16;
+    const EACH: usize = 5_000_000;
+    const AT_ONCE: usize = 1000;
+    let space = setup.space(ByteSize::mib(4));
+    let buffer = space.map::<u64>(PAGES * WORDS).unwrap();
+    let (words, left) = (atomics(&buffer), AtomicU64::new(2));
+    let tallies = thread::scope(|scope| {
+        let writers = [0, 1].map(|writer| {
+            let left = &left;
+            scope.spawn(move || {
+                let (mut random, mut tally) = (Random::new(writer as u64), [0_u64; PAGES]);
+                for _ in 0..EACH / AT_ONCE {
+                    let page = random.below(PAGES);
+                    let word = &words[page * WORDS + writer];
+                    for _ in 0..AT_ONCE {
+                        // No atomic step: a store to a page that has left would be lost with it.
+                        word.store(word.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+                    }
+                    tally[page] += AT_ONCE as u64;
+                }
+                left.fetch_sub(1, Ordering::Release);
+                tally
+            })
+        });
+        while left.load(Ordering::Acquire) > 0 {
+            let _ = space.migrate(buffer.range()).unwrap();
+        }
+        writers.map(|writer| writer.join().unwrap())
+    });
+    let moved = space.count(Counter::MovedOut);
+    assert!(moved > 100, "the pages hardly left: {moved}");
+    for (writer, tally) in tallies.iter().enumerate() {
+        for (page, expected) in tally.iter().enumerate() {
+            let found = words[page * WORDS + writer].load(Ordering::Relaxed);
+            assert_eq!(found, *expected, "writer {writer}, page {page}");
+        }
+    }
+    assert_eq!(tallies.iter().flatten().sum::<u64>(), 2 * EACH as u64);
 }
 
 fn two_threads_on_one_page_fetch_it_once(setup: Setup) {

@@ -18,11 +18,13 @@ mod fill;
 mod huge;
 mod install;
 mod lift;
+mod replace;
 mod resolve;
 mod scratch;
 mod take_back;
 pub mod window;
 
 pub use decide::Access;
+pub use replace::Replacement;
 pub use resolve::{Fault, Resolution};
 pub use scratch::{MAX_WINDOW, Scratch};

@@ -1,6 +1,7 @@
 //! Against the running kernel. Where it permits no userfaultfd, a test says so and passes.
 
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
@@ -23,11 +24,15 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     pub(crate) fn new(pages: usize) -> Self {
+        /// Far below where the kernel puts what is mapped anywhere: a test that leaves a hole finds it again, and not
+        /// another test's mapping in it.
+        static NEXT: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let none = core::ptr::null_mut();
+        let wish = NEXT.fetch_add((pages + 1) * PAGE_SIZE, Ordering::Relaxed);
+        let wish = core::ptr::without_provenance_mut(wish);
         // SAFETY: the kernel chooses an address that nothing uses.
         let start =
-            unsafe { rustix::mm::mmap_anonymous(none, pages * PAGE_SIZE, protection, MapFlags::PRIVATE) };
+            unsafe { rustix::mm::mmap_anonymous(wish, pages * PAGE_SIZE, protection, MapFlags::PRIVATE) };
         let start = NonNull::new(start.unwrap()).unwrap().cast::<u8>();
         start.as_ptr().expose_provenance();
         let memory = Self { start, pages };

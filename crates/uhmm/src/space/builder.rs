@@ -13,6 +13,7 @@ use uhmm_addr::{ByteSize, PageCount, Pfn};
 use uhmm_core::device::Device;
 use uhmm_core::notifier::Owner;
 use uhmm_core::pagemap::Pagemap;
+use uhmm_sys::futex::Lock;
 
 use super::{Inner, Space};
 use crate::engine::Engine;
@@ -145,7 +146,8 @@ impl Builder {
             forced_fallback: self.forced_fallback,
             stats: None,
         })?);
-        let mut inner = Inner { managed, pagemaps, membership: None, crew: None, threads: Vec::new() };
+        let stops = pagemaps.iter().map(|_| Lock::new(0)).collect();
+        let mut inner = Inner { managed, pagemaps, stops, membership: None, crew: None, threads: Vec::new() };
         match self.engine {
             Engine::Signal => inner.membership = Some(signal::enlist(inner.managed.clone())?),
             Engine::Threads => inner.start_handlers()?,

@@ -1,15 +1,22 @@
 //! Off a device, whoever's pages they are: before the device goes away, or to use some of its memory otherwise.
 //!
-//! What    [`Space::evacuate`] and [`Space::evacuate_pages`]: the kernel's `migrate_device_range`.
-//! Why     a driver that unloads knows its device's pages, not the addresses at which they are used.
+//! What    [`Space::evacuate`] and [`Space::evacuate_pages`]: the kernel's `migrate_device_range`. [`Space::drain`] does
+//!         not give up before a deadline, and then names who is in the way.
+//! Why     a driver that unloads knows its device's pages, not the addresses at which they are used. The kernel waits for
+//!         the last page without end and without a word (`memunmap_pages`).
+//! Locks   one for each device, around the number of those who want nothing moved to it.
 //! Fails   with a [`MigrateError`] before anything is moved. Afterwards page by page: what could not be moved is
 //!         still on the device, can be used as before, and is counted by reason.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use uhmm_addr::{PageCount, PfnRange};
 use uhmm_core::migrate::Migrated;
+use uhmm_core::pagemap::Pagemap;
+use uhmm_core::pin::Holder;
 use uhmm_core::stats::Skipped;
+use uhmm_sys::futex::Lock;
 use uhmm_sys::signals::Blocked;
 
 use super::{MigrateError, Space};
@@ -28,7 +35,113 @@ pub struct Evacuated {
     pub left: PageCount,
 }
 
+/// How many want nothing moved to a device.
+pub(super) type Stops = Lock<u32>;
+
+/// A device to which nothing is moved until this is dropped.
+#[derive(Debug)]
+struct Stopped<'a> {
+    map: &'a Pagemap,
+    stops: &'a Stops,
+}
+
+impl<'a> Stopped<'a> {
+    fn new(map: &'a Pagemap, stops: &'a Stops) -> Self {
+        let mut wanted = stops.lock();
+        *wanted += 1;
+        map.stop_allocation(true);
+        Self { map, stops }
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        let mut wanted = self.stops.lock();
+        *wanted -= 1;
+        if *wanted == 0 {
+            self.map.stop_allocation(false);
+        }
+    }
+}
+
+/// A device of which no page is in use, and to which nothing is moved, until this is dropped.
+#[must_use = "the device may be used again as soon as this is dropped"]
+#[derive(Debug)]
+pub struct Drained<'a> {
+    _stopped: Stopped<'a>,
+}
+
+/// Why a device could not be emptied. It can be used as before.
+#[derive(Debug, thiserror::Error)]
+pub enum DrainError {
+    /// Nothing was tried.
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
+    /// The time is over.
+    #[error(transparent)]
+    InUse(#[from] Box<InUse>),
+}
+
+/// What is left on a device that was to be empty.
+#[derive(Debug, thiserror::Error)]
+#[error("{left} of the device are still in use; {skipped:?}{}", places(.holders))]
+pub struct InUse {
+    /// Pages in use.
+    pub left: PageCount,
+    /// Why the last look could not move those that it found. What other processes use it does not find.
+    pub skipped: Skipped,
+    /// Who has pinned some of them where they are: to be asked to let go.
+    pub holders: Vec<Holder>,
+}
+
+fn places(holders: &[Holder]) -> String {
+    holders.iter().map(|holder| format!("; {} pinned at {}", holder.range, holder.place)).collect()
+}
+
+/// Between two looks at a device that does not become empty.
+const NAP: Duration = Duration::from_millis(1);
+
 impl Space {
+    /// Empties device number `device` for good: refuses it new pages, and brings those that it has home until none is
+    /// left, for as long as `patience` says. Until the result is dropped it stays empty, to be reset or taken away.
+    ///
+    /// # Errors
+    /// [`DrainError::InUse`], with the pins that keep pages on the device.
+    pub fn drain(&self, device: usize, patience: Duration) -> Result<Drained<'_>, DrainError> {
+        let stopped = self.stop(device)?;
+        let start = Instant::now();
+        loop {
+            let done = self.evacuate_range(device, stopped.map.range(), None)?;
+            if done.left.is_zero() {
+                return Ok(Drained { _stopped: stopped });
+            }
+            if start.elapsed() >= patience {
+                let holders = self.holders_on(stopped.map);
+                return Err(Box::new(InUse { left: done.left, skipped: done.skipped, holders }).into());
+            }
+            std::thread::sleep(NAP);
+        }
+    }
+
+    /// The pins of pages that are on the device.
+    fn holders_on(&self, map: &Pagemap) -> Vec<Holder> {
+        let table = self.inner.managed.mm().table();
+        let holds = |holder: &Holder| {
+            holder.range.iter().any(|page| {
+                let pfn = table.get(page).and_then(|entry| entry.load().pfn());
+                pfn.is_some_and(|pfn| map.range().contains(pfn))
+            })
+        };
+        let mut holders = self.pins();
+        holders.retain(holds);
+        holders
+    }
+
+    fn stop(&self, device: usize) -> Result<Stopped<'_>, MigrateError> {
+        let map = self.pagemap(device)?;
+        Ok(Stopped::new(map, &self.inner.stops[device]))
+    }
+
     /// Moves every page of device number `device` home, or to device number `to`. Nothing is moved to the device
     /// meanwhile; afterwards it can be used again.
     ///
@@ -48,11 +161,8 @@ impl Space {
     /// # }
     /// ```
     pub fn evacuate(&self, device: usize, to: Option<usize>) -> Result<Evacuated, MigrateError> {
-        let map = self.pagemap(device)?;
-        map.stop_allocation(true);
-        let done = self.evacuate_range(device, map.range(), to);
-        map.stop_allocation(false);
-        done
+        let stopped = self.stop(device)?;
+        self.evacuate_range(device, stopped.map.range(), to)
     }
 
     /// As [`Space::evacuate`], of the pages of the device with these numbers. They may be taken for something else

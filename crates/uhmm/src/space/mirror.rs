@@ -201,6 +201,7 @@ impl Space {
     /// Has `protect` change the protection of `range`, managed or not, and tells mirrors and subscribers before: for
     /// whoever sees the program's own calls of `mprotect`, which raise no event.
     pub fn protecting<R>(&self, range: VaRange, protect: impl FnOnce() -> R) -> R {
+        let _kept = self.inner.managed.change_mappings();
         let _blocked = Blocked::all();
         let mm = self.inner.managed.mm();
         let told = mm.notifiers().begin(mm.host(), &Change::new(range, Event::Protect));

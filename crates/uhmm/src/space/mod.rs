@@ -7,9 +7,10 @@
 //! Locks   none of its own beyond those of [`Managed`]; methods may be called from any thread.
 //! Fails   each operation has its own small error; pages that did not move are counted by reason.
 //! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are, and
-//!         `pins` keeps them there; `adoption` is memory that was there before; `migration` moves the pages of a
-//!         range, `evacuation` those of a device; [`mirror`] is for a device's own page table, [`userptr`] for a
-//!         device's single jobs, [`dma`] for the addresses that it uses. Here are the other operations.
+//!         `pins` keeps them there; `adoption` is memory that was there before, `program` what the program maps as it
+//!         likes, `detach` what it has of files; `migration` moves the pages of a range, `evacuation` those of a device;
+//!         [`mirror`] is for a device's own page table, [`userptr`] for a device's single jobs, [`dma`] for the addresses
+//!         that it uses. Here are the other operations.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -30,6 +31,7 @@
 
 mod adoption;
 mod builder;
+mod detach;
 pub mod dma;
 mod evacuation;
 mod evictor;
@@ -57,7 +59,9 @@ use uhmm_sys::uffd::RegisterError;
 
 pub use adoption::Adoption;
 pub use builder::{Builder, LEAST_BUDGET, SpaceError};
-pub use evacuation::Evacuated;
+pub(crate) use detach::Replacing;
+pub use detach::{DetachError, Detached};
+pub use evacuation::{DrainError, Drained, Evacuated, InUse};
 pub use migration::Migration;
 pub use pins::Pinned;
 pub use program::{MappingKind, ProgramMapping};
@@ -115,6 +119,7 @@ pub struct Space {
 pub(crate) struct Inner {
     pub(crate) managed: Arc<Managed>,
     pagemaps: Vec<Arc<Pagemap>>,
+    stops: Vec<evacuation::Stops>,
     membership: Option<Membership>,
     crew: Option<Arc<Crew>>,
     threads: Vec<JoinHandle<()>>,

@@ -24,9 +24,11 @@ use super::{MapError, Space};
 pub enum MappingKind {
     /// Private and anonymous: it can be watched, and its pages can be moved.
     Anonymous,
+    /// A private mapping of a file: pages that were written can be moved when they were detached ([`Space::detach`]).
+    PrivateFile,
     /// Huge pages of a pool (hugetlb).
     HugePool,
-    /// A file, shared memory, or memory of uhmm's own: pages stay where they are.
+    /// A shared file, shared memory, or memory of uhmm's own: pages stay where they are.
     Other,
 }
 
@@ -47,8 +49,10 @@ fn kind_of(entry: &MapEntry<'_>, asked: VaRange) -> MappingKind {
     let named = |name: &[u8]| entry.path.starts_with(name);
     if named(b"/anon_hugepage") {
         MappingKind::HugePool
-    } else if entry.inode != 0 || entry.shared || named(b"[anon:uhmm") || mapping::is_ours(asked) {
+    } else if entry.shared || named(b"[anon:uhmm") || mapping::is_ours(asked) {
         MappingKind::Other
+    } else if entry.inode != 0 {
+        MappingKind::PrivateFile
     } else if entry.path.is_empty() || entry.path == b"[heap]" || named(b"[anon:") {
         MappingKind::Anonymous
     } else {
