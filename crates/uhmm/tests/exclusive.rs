@@ -333,7 +333,7 @@ fn another_mirror_brings_pages_home(setup: Setup) {
     let mut valid = 0;
     other
         .populate(part(range, 0, 8), Want::Read, |_, pages| {
-            valid += pages.views().iter().filter(|view| view.is_valid()).count();
+            valid += pages.views().filter(|view| view.is_valid()).count();
         })
         .unwrap();
     assert_eq!((valid, held(&mirror)), (8, PAGES - 8));

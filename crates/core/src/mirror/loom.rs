@@ -49,7 +49,7 @@ impl Bed {
 
     fn mirror(&self) -> Watched<'_, Futex, Table> {
         let table = Table { entry: None, told: 0, alive: self.alive.clone() };
-        Watched::new(&self.notifiers, &self.futex, PAGE, table)
+        Watched::new(&self.notifiers, &self.futex, PAGE, table, true)
     }
 
     fn change(&self) {

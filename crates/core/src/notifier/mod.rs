@@ -302,17 +302,19 @@ impl Notifiers {
 
     /// Waits until the changes that have this number are over.
     fn wait_out<P: Park + ?Sized>(&self, park: &P, sequence: u64) {
-        let under_way = || {
-            let state = self.state.load(Ordering::Acquire);
-            state & MET != 0 && number(state) == sequence
-        };
-        while under_way() {
+        while self.is_under_way(sequence) {
             // An end that does not see the flag was before this step, and is seen by the look after it.
             let seen = self.ends.fetch_or(WAITED, Ordering::AcqRel) | WAITED;
-            if under_way() {
+            if self.is_under_way(sequence) {
                 park.park(&self.ends, seen);
             }
         }
+    }
+
+    /// Whether the changes that have this number are not over yet.
+    fn is_under_way(&self, sequence: u64) -> bool {
+        let state = self.state.load(Ordering::Acquire);
+        state & MET != 0 && number(state) == sequence
     }
 }
 
@@ -367,6 +369,12 @@ impl<P: Park + ?Sized> Subscription<'_, P> {
         let sequence = self.entry.sequence.load(Ordering::Acquire);
         self.notifiers.wait_out(self.park, sequence);
         Ticket { entry: &self.entry, sequence }
+    }
+
+    /// Begins to collect, if no change of these pages is under way.
+    pub fn try_read_begin(&self) -> Option<Ticket<'_>> {
+        let sequence = self.entry.sequence.load(Ordering::Acquire);
+        (!self.notifiers.is_under_way(sequence)).then_some(Ticket { entry: &self.entry, sequence })
     }
 }
 

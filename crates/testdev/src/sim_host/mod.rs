@@ -20,7 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use uhmm_addr::{CHUNK_PAGES, PAGE_SIZE, PageCount, VaRange, VirtAddr, Vpn};
-use uhmm_core::host::{Host, Install, Mapped, Progress, Rights, Stop};
+use uhmm_core::host::{Host, Install, Progress, Rights, Sort, Stop, Unusual};
 use uhmm_core::sync::{AtomicU32, Ordering, Park};
 
 pub use bed::{Bed, Setup, page_at, pages_at};
@@ -516,16 +516,35 @@ impl Host for SimHost {
         (areas.len().min(found.len()), end)
     }
 
-    fn mapped(&self, range: VaRange, _files: bool, found: &mut [Mapped]) -> (usize, Vpn) {
+    fn unusual(&self, range: VaRange, _sort: Sort, found: &mut [Unusual]) -> (usize, Vpn) {
         let state = self.lock();
-        let pages = state.pages.range(range.first()..range.end_page());
-        for (filled, (page, what)) in pages.enumerate() {
-            let Some(place) = found.get_mut(filled) else { return (filled, *page) };
-            let huge = state.huge.contains(&page.chunk());
-            let write = !what.protected;
-            *place = Mapped { range: VaRange::page(*page), write, huge, zero: false, file: false };
+        let mut filled: usize = 0;
+        for page in range.iter() {
+            let absent = Unusual::absent(VaRange::page(page));
+            let this = match state.pages.get(&page) {
+                None => absent,
+                Some(what) => Unusual {
+                    present: true,
+                    write: !what.protected,
+                    huge: state.huge.contains(&page.chunk()),
+                    ..absent
+                },
+            };
+            if this.present && this.write && !this.huge {
+                continue;
+            }
+            let last = filled.checked_sub(1).map(|last| &mut found[last]);
+            if let Some(last) = last
+                && last.range.end_page() == page
+                && *last == (Unusual { range: last.range, ..this })
+            {
+                last.range = last.range.grow(last.range.pages().plus(PageCount::ONE));
+                continue;
+            }
+            let Some(place) = found.get_mut(filled) else { return (filled, page) };
+            *place = this;
+            filled += 1;
         }
-        let filled = state.pages.range(range.first()..range.end_page()).count();
         (filled, range.end_page())
     }
 
