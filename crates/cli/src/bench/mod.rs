@@ -17,6 +17,7 @@ use uhmm::Geometry;
 use crate::exit::{End, Failure};
 use crate::print;
 use migrate::{Way, migrate};
+use mirror::Look;
 use row::{RowError, Scale};
 
 /// What a row found.
@@ -58,7 +59,7 @@ pub(crate) struct Row {
 }
 
 /// Every row.
-const ROWS: [Row; 12] = [
+const ROWS: [Row; 15] = [
     Row { name: "migrate-out-4k", measure: |name, scale| migrate(name, Way::Out, Geometry::K4, scale) },
     Row { name: "migrate-in-4k", measure: |name, scale| migrate(name, Way::In, Geometry::K4, scale) },
     Row { name: "migrate-out-2m", measure: |name, scale| migrate(name, Way::Out, Geometry::M2, scale) },
@@ -66,9 +67,24 @@ const ROWS: [Row; 12] = [
     Row { name: "fault-signal", measure: fault::signal },
     Row { name: "fault-threads", measure: fault::threads },
     Row { name: "touch-sequential", measure: touch::sequential },
-    Row { name: "range-fault-4k", measure: |name, scale| mirror::snapshot(name, Geometry::K4, scale) },
-    Row { name: "range-fault-2m", measure: |name, scale| mirror::snapshot(name, Geometry::M2, scale) },
-    Row { name: "populate-1g", measure: mirror::populate },
+    Row {
+        name: "range-fault-4k",
+        measure: |name, scale| mirror::snapshot(name, Geometry::K4, Look::Again, scale),
+    },
+    Row {
+        name: "range-fault-2m",
+        measure: |name, scale| mirror::snapshot(name, Geometry::M2, Look::Again, scale),
+    },
+    Row {
+        name: "range-fault-4k-first",
+        measure: |name, scale| mirror::snapshot(name, Geometry::K4, Look::First, scale),
+    },
+    Row {
+        name: "range-fault-2m-first",
+        measure: |name, scale| mirror::snapshot(name, Geometry::M2, Look::First, scale),
+    },
+    Row { name: "populate-1g", measure: |name, scale| mirror::populate(name, Look::Again, scale) },
+    Row { name: "populate-1g-first", measure: |name, scale| mirror::populate(name, Look::First, scale) },
     Row { name: "pin-4k", measure: mirror::pin },
     Row { name: "notifier-bracket", measure: mirror::bracket },
 ];
@@ -103,7 +119,7 @@ pub(crate) fn bench(names: &[String], json: bool, quick: bool) -> Result<End, Fa
 fn heading() -> String {
     let heads = ["row", "value", "limit", "unit", "ratio", "goal", "most", "met", "the limit is"];
     let [name, value, limit, unit, ratio, goal, most, met, what] = heads;
-    format!("{name:18} {value:>10} {limit:>10} {unit:5} {ratio:>6} {goal:>6} {most:>7} {met:4} {what}")
+    format!("{name:20} {value:>10} {limit:>10} {unit:5} {ratio:>6} {goal:>6} {most:>7} {met:4} {what}")
 }
 
 fn line(measure: &Measure) -> String {
@@ -111,7 +127,7 @@ fn line(measure: &Measure) -> String {
     let met = if *met { "yes" } else { "no" };
     let most = most.map_or("-".into(), |most| format!("{most:.2}"));
     format!(
-        "{name:18} {value:>10.3} {limit:>10.3} {unit:5} {ratio:>6.2} {goal:>6.2} {most:>7} {met:4} {limit_name}"
+        "{name:20} {value:>10.3} {limit:>10.3} {unit:5} {ratio:>6.2} {goal:>6.2} {most:>7} {met:4} {limit_name}"
     )
 }
 

@@ -1,10 +1,10 @@
 //! What the pages of a range are, as they are found.
 //!
 //! What    [`Mm::look`], one look at pages, told in segments; [`Beside`], what a mirror knows besides: which pages are
-//!         gone for it, and which chunks are known to be one huge page each.
+//!         gone for it, and which chunks are known to be in RAM.
 //! How     a page's word says whether it is away, the host's page map whether it is there and how, the mapping
 //!         whether it may be written. A page counts as there only where all three say so. Of a chunk that is known, page
-//!         map and words have been asked before ([`whole`](super::whole)).
+//!         map and words have been asked before ([`known`](super::known)).
 //! Locks   the layout lock for reading, around the look at the pages of one mapping. What allocates (the list of
 //!         mappings may) is asked before.
 //! Races   a look is old when it ends. It is *consistent*: no change of the program's own had begun, unread, when it
@@ -14,9 +14,9 @@
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange, Vpn};
 
 use super::gone::Gone;
+use super::known::Known;
 use super::request::Request;
 use super::view::{Full, PageView, Segments, Unusable};
-use super::whole::Whole;
 use crate::host::{Host, Rights, Sort, Unusual};
 use crate::mm::Mm;
 use crate::pagetable::{PageWord, State};
@@ -42,17 +42,19 @@ pub(super) struct Beside<'a> {
     /// Not to be had any more.
     pub(super) gone: Gone,
     /// Told of every change of the pages. `None` where nobody is.
-    pub(super) whole: Option<&'a Whole>,
+    pub(super) known: Option<&'a Known>,
 }
 
 impl Beside<'_> {
     /// For whoever has no mirror.
-    pub(super) const NOTHING: Self = Self { gone: Gone::NOTHING, whole: None };
+    pub(super) const NOTHING: Self = Self { gone: Gone::NOTHING, known: None };
 
     /// The pages at the front of `range` that are looked at together.
     pub(super) fn span(&self, range: VaRange) -> VaRange {
-        let known = self.whole.and_then(|whole| whole.run(range.take(Geometry::G1.pages())));
-        known.unwrap_or_else(|| range.take(PageCount::new(SPAN - range.first().in_chunk())))
+        match self.known.and_then(|known| known.run(range.take(Geometry::G1.pages()))) {
+            Some((huge, Geometry::M2)) => huge,
+            _ => range.take(PageCount::new(SPAN - range.first().in_chunk())),
+        }
     }
 }
 
@@ -113,19 +115,32 @@ impl<H: Host> Mm<H> {
         settled: &mut bool,
     ) -> Result<(), Full> {
         let _layout = self.layout.read(&self.host);
-        let known = beside.whole.filter(|_| !rights.file).and_then(|whole| whole.run(rights.range));
-        let done = match known {
-            Some(known) => {
-                let huge = PageView::Ram { write: rights.write, order: Geometry::M2 };
-                let rest = behind(rights.range, known.end_page());
-                seen.push_to(known.end_page(), huge).and_then(|()| {
-                    rest.map_or(Ok(()), |range| self.walk(Rights { range, ..rights }, beside, request, seen))
-                })
-            }
-            None => self.walk(rights, beside, request, seen),
-        };
+        let done = self.walk_unknown(rights, beside, request, seen);
         *settled &= !self.host.is_changing();
         done
+    }
+
+    /// The same: what is known is told, and the others are looked at.
+    fn walk_unknown(
+        &self,
+        rights: Rights,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        let Some(known) = beside.known.filter(|_| !rights.file) else {
+            return self.walk(rights, beside, request, seen);
+        };
+        let mut rest = Some(rights.range);
+        while let Some(left) = rest {
+            if let Some((range, order)) = known.run(left) {
+                seen.push_to(range.end_page(), PageView::Ram { write: rights.write, order })?;
+            } else {
+                self.walk(Rights { range: known.gap(left), ..rights }, beside, request, seen)?;
+            }
+            rest = behind(rights.range, seen.end());
+        }
+        Ok(())
     }
 
     /// The same, by page map and words.
@@ -139,7 +154,7 @@ impl<H: Host> Mm<H> {
         // A file's own page is replaced by the first store, where the mapping is private.
         let sort = match rights.file && !rights.shared {
             true => Sort::File,
-            false if beside.whole.is_some() && !rights.file => Sort::Managed,
+            false if beside.known.is_some() && !rights.file => Sort::Managed,
             false => Sort::Anonymous,
         };
         let view_of = |unusual: &Unusual| {

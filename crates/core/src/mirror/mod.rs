@@ -62,6 +62,7 @@
 
 mod exclusive;
 mod gone;
+mod known;
 mod look;
 #[cfg(all(test, loom))]
 mod loom;
@@ -70,7 +71,6 @@ mod request;
 mod userptr;
 mod view;
 mod watched;
-mod whole;
 
 use core::fmt;
 
@@ -169,7 +169,7 @@ impl<H: Host, T> Mirror<'_, H, T> {
 
     /// What is known of the pages now, besides what is found.
     fn beside(&self) -> Beside<'_> {
-        Beside { gone: self.watched.gone(), whole: Some(self.watched.whole()) }
+        Beside { gone: self.watched.gone(), known: Some(self.watched.known()) }
     }
 
     /// Pages at the front of `left`, those that `seen` tells of in the end.
@@ -188,7 +188,7 @@ impl<H: Host, T> Mirror<'_, H, T> {
                 return Err(RangeFaultError::Closed);
             }
             let collection = self.watched.collect();
-            let beside = Beside { gone: *collection.gone(), whole: Some(self.watched.whole()) };
+            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()) };
             self.mm.fault_part(left, &beside, request, seen, scratch, patience)?;
             if let Some(mut table) = collection.lock() {
                 table.remember(seen.as_slice());
@@ -234,10 +234,10 @@ impl<H: Host, T> Mirror<'_, H, T> {
             return Err(RangeFaultError::Outside(range));
         }
         self.mm.check_covered(range)?;
-        // What is learned of huge pages is remembered, unless pages change meanwhile.
+        // What is learned is remembered, unless pages change meanwhile.
         let mut collection = self.watched.try_collect();
         self.mm.each_look(range, &self.beside(), request, |seen| {
-            if seen.as_slice().iter().any(|segment| self.watched.whole().is_news(segment)) {
+            if seen.as_slice().iter().any(|segment| self.watched.known().is_news(segment)) {
                 if let Some(mut table) = collection.take().and_then(Collection::lock) {
                     table.remember(seen.as_slice());
                 }

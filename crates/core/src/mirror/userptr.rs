@@ -91,7 +91,7 @@ impl<H: Host, T> Mirror<'_, H, T> {
         let mut seen = Segments::new(room);
         loop {
             let collection = self.watched.collect();
-            let beside = Beside { gone: *collection.gone(), whole: Some(self.watched.whole()) };
+            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()) };
             self.mm.permit(range, &beside, request)?;
             segments.clear();
             let mut rest = Some(range);

@@ -18,8 +18,8 @@ use uhmm_addr::VaRange;
 
 use super::MirrorTable;
 use super::gone::Gone;
+use super::known::Known;
 use super::view::Segment;
-use super::whole::Whole;
 use crate::frame::Holder;
 use crate::notifier::{Change, Event, Mark, Notifiers, Subscriber, Subscription, Ticket, WouldBlock};
 use crate::sync::Park;
@@ -33,7 +33,7 @@ struct Inside<T> {
 struct Shared<T> {
     range: VaRange,
     /// Changed under the lock of what is inside.
-    whole: Whole,
+    known: Known,
     inside: Locked<Inside<T>>,
 }
 
@@ -46,7 +46,7 @@ impl<T: MirrorTable> Subscriber for Shared<T> {
             self.inside.try_lock(mark.park()).ok_or(WouldBlock)?
         };
         mark.set();
-        self.whole.forget(range);
+        self.known.forget(range);
         if change.event == Event::Unmap {
             inside.gone.add(range);
         }
@@ -73,7 +73,7 @@ impl<'n, P: Park, T: MirrorTable> Watched<'n, P, T> {
         remember: bool,
     ) -> Self {
         let inside = Locked::new(Inside { table, gone: Gone::NOTHING });
-        let shared = Arc::new(Shared { range, whole: Whole::new(range, remember), inside });
+        let shared = Arc::new(Shared { range, known: Known::new(range, remember), inside });
         Self { subscription: notifiers.subscribe(park, range, shared.clone()), shared, park }
     }
 }
@@ -103,9 +103,9 @@ impl<'n, P: Park, T> Watched<'n, P, T> {
         Collection { ticket, shared: &self.shared, park: self.park, gone }
     }
 
-    /// Which chunks are known to be huge pages.
-    pub(super) fn whole(&self) -> &Whole {
-        &self.shared.whole
+    /// Which chunks are known to be in RAM.
+    pub(super) fn known(&self) -> &Known {
+        &self.shared.known
     }
 
     pub(super) fn gone(&self) -> Gone {
@@ -143,7 +143,7 @@ impl<'a, T> Collection<'a, T> {
     /// Takes the table's lock. `None` if pages changed since: what was collected is to be thrown away.
     pub fn lock(self) -> Option<Checked<'a, T>> {
         let inside = self.shared.inside.lock(self.park);
-        (!self.ticket.is_stale()).then_some(Checked { inside, whole: &self.shared.whole })
+        (!self.ticket.is_stale()).then_some(Checked { inside, known: &self.shared.known })
     }
 
     /// Whether pages are known to have changed, so that it is useless to go on. `false` says nothing.
@@ -173,13 +173,13 @@ impl<'a, T> Collection<'a, T> {
 /// ```
 pub struct Checked<'a, T> {
     inside: Held<'a, Inside<T>>,
-    whole: &'a Whole,
+    known: &'a Known,
 }
 
 impl<T> Checked<'_, T> {
-    /// Remembers what was seen of huge pages since the collection began.
+    /// Remembers what was seen since the collection began.
     pub(super) fn remember(&mut self, seen: &[Segment]) {
-        seen.iter().for_each(|segment| self.whole.note(segment));
+        seen.iter().for_each(|segment| self.known.note(segment));
     }
 }
 

@@ -354,8 +354,8 @@ impl<T> Mirror<'_, T> {
         self.segments(range, |segment| segment.copy_to(range.first(), views))
     }
 
-    /// The same, told in segments of pages that are alike. What was found of huge pages is known until they change, and
-    /// need not be looked at again.
+    /// The same, told in segments of pages that are alike. What was found of whole chunks in RAM is known until they
+    /// change, and is not looked at again, where the engine hears of changes ([`Engine::Threads`](crate::Engine::Threads)).
     ///
     /// # Errors
     /// [`RangeFaultError::Outside`].
