@@ -59,7 +59,7 @@ pub(crate) struct Row {
 }
 
 /// Every row.
-const ROWS: [Row; 15] = [
+const ROWS: [Row; 16] = [
     Row { name: "migrate-out-4k", measure: |name, scale| migrate(name, Way::Out, Geometry::K4, scale) },
     Row { name: "migrate-in-4k", measure: |name, scale| migrate(name, Way::In, Geometry::K4, scale) },
     Row { name: "migrate-out-2m", measure: |name, scale| migrate(name, Way::Out, Geometry::M2, scale) },
@@ -85,7 +85,8 @@ const ROWS: [Row; 15] = [
     },
     Row { name: "populate-1g", measure: |name, scale| mirror::populate(name, Look::Again, scale) },
     Row { name: "populate-1g-first", measure: |name, scale| mirror::populate(name, Look::First, scale) },
-    Row { name: "pin-4k", measure: mirror::pin },
+    Row { name: "pin-4k", measure: |name, scale| mirror::pin(name, Look::Again, scale) },
+    Row { name: "pin-4k-first", measure: |name, scale| mirror::pin(name, Look::First, scale) },
     Row { name: "notifier-bracket", measure: mirror::bracket },
 ];
 

@@ -32,7 +32,6 @@ impl<H: Host> Mm<H> {
 
     fn give_up_contents(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
         let _told = self.tell(range, Event::Clear);
-        self.count_change(range);
         self.forget(layout, range, true);
         // Pages without a word may be there as well, and are not to leave before the kernel has taken them.
         let mut found = [VaRange::page(Vpn::new(0)); 16];
@@ -46,14 +45,15 @@ impl<H: Host> Mm<H> {
             }
             rest = VaRange::of_pages(end, part.end_page().since(end));
         }
+        self.count_change(range);
     }
 
     /// The mapping of `range` is gone.
     pub fn unmapped(&self, layout: &WriteGuard<'_, H>, range: VaRange) {
         let _told = self.tell(range, Event::Unmap);
-        self.count_change(range);
         self.note_change(layout, range);
         self.forget(layout, range, false);
+        self.count_change(range);
     }
 
     fn forget(&self, _layout: &WriteGuard<'_, H>, range: VaRange, hold: bool) {
@@ -84,10 +84,6 @@ impl<H: Host> Mm<H> {
     /// complete.
     pub fn remapped(&self, layout: &WriteGuard<'_, H>, from: VaRange, to: VirtAddr) {
         let _told = self.tell(from, Event::Unmap);
-        self.count_change(from);
-        if let Some(to) = VaRange::of_pages(to.page(), from.pages()) {
-            self.count_change(to);
-        }
         self.settle_moved_pins(from);
         self.note_change(layout, from);
         for part in self.table.used(from) {
@@ -135,6 +131,8 @@ impl<H: Host> Mm<H> {
                 }
             }
         }
+        self.count_change(from);
+        self.count_change(VaRange::page(to.page()).grow(from.pages()));
     }
 
     // --- the fallback's own discards --------------------------------------------------------------------
@@ -171,8 +169,8 @@ impl<H: Host> Mm<H> {
     /// are mapped in place are ordinary memory of both from now on.
     pub fn forked(&self, _layout: &WriteGuard<'_, H>, range: VaRange) {
         let _told = self.tell(range, Event::ProtectPage);
-        self.count_change(range);
         self.let_go(range);
+        self.count_change(range);
     }
 
     /// The words of a page in the child of a fork, made from the parent's under the layout lock: `copy` is

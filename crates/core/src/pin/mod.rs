@@ -273,7 +273,7 @@ impl<H: Host> Mm<H> {
         }
     }
 
-    /// The program changes pages of `range`: what is pinned next there is to be looked at.
+    /// The program has changed pages of `range`, as their words say by now: what is pinned next there is to be looked at.
     pub(crate) fn count_change(&self, range: VaRange) {
         self.pins.changes.count(range);
     }
@@ -281,8 +281,8 @@ impl<H: Host> Mm<H> {
     /// Pins `range` in RAM, or lifts that: pinned pages are never moved out. Pages that are away stay away
     /// until they are touched.
     pub fn set_pinned(&self, range: VaRange, pinned: bool) {
-        self.count_change(range);
         self.flag_pinned(range, pinned);
+        self.count_change(range);
     }
 
     fn flag_pinned(&self, range: VaRange, pinned: bool) {

@@ -16,6 +16,7 @@ mod state;
 
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ pub struct SimHost {
     reader: OnceLock<Reader>,
     after_copy_out: Mutex<Option<Hook>>,
     parked: (Mutex<()>, Condvar),
+    looks: AtomicU64,
+    deaf: AtomicBool,
 }
 
 impl fmt::Debug for SimHost {
@@ -60,6 +63,8 @@ impl SimHost {
             reader: OnceLock::new(),
             after_copy_out: Mutex::new(None),
             parked: (Mutex::default(), Condvar::new()),
+            looks: AtomicU64::new(0),
+            deaf: AtomicBool::new(false),
         }
     }
 
@@ -240,6 +245,16 @@ impl SimHost {
         let mut parts: Vec<Area> = self.lock().areas.iter().filter_map(common).collect();
         parts.sort_by_key(|part| part.range.first());
         parts
+    }
+
+    /// How often it was asked about pages, or to have them there, so far.
+    pub fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Relaxed)
+    }
+
+    /// Says from now on that it tells of no change of the program's.
+    pub fn set_deaf(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
     }
 
     /// Takes the pages of `range` away, the second half of `MADV_DONTNEED`.
@@ -469,6 +484,7 @@ impl Host for SimHost {
     }
 
     fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         let state = self.lock();
         let mut filled = 0;
         if self.is_backed(&state, range.first()).is_some() {
@@ -517,6 +533,7 @@ impl Host for SimHost {
     }
 
     fn unusual(&self, range: VaRange, _sort: Sort, found: &mut [Unusual]) -> (usize, Vpn) {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         let state = self.lock();
         let mut filled: usize = 0;
         for page in range.iter() {
@@ -550,10 +567,15 @@ impl Host for SimHost {
 
     /// There is neither swap nor a page of zeros that is shared.
     fn touch(&self, range: VaRange, _write: bool) -> Progress {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         match self.lock().enter(false) {
             Ok(()) => Progress::complete(range.pages()),
             Err(progress) => progress,
         }
+    }
+
+    fn hears(&self) -> bool {
+        !self.deaf.load(Ordering::Relaxed)
     }
 
     fn is_changing(&self) -> bool {
