@@ -94,11 +94,25 @@ pub struct Rights {
     pub file: bool,
 }
 
-/// Neighbouring pages that are there and alike.
+/// What kind of memory is looked at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Mapped {
+pub enum Sort {
+    /// Under management: that it is not mapped any more is heard, or kept off by the layout lock.
+    Managed,
+    /// Anonymous, and nobody's that we know of.
+    Anonymous,
+    /// There is a file behind it, or shared memory.
+    File,
+}
+
+/// Neighbouring pages that are alike, and not what pages are as a rule: in RAM, one by one, the process's own, with
+/// nothing in a store's way but, perhaps, the mapping's [`Rights`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unusual {
     /// The pages.
     pub range: VaRange,
+    /// A load finds them without a fault, if only as zeros.
+    pub present: bool,
     /// A store finds nothing in its way but, perhaps, the mapping's [`Rights`]: the pages are not
     /// write-protected, and not the page of zeros that everybody shares.
     pub write: bool,
@@ -106,9 +120,15 @@ pub struct Mapped {
     pub huge: bool,
     /// The page of zeros that everybody shares.
     pub zero: bool,
-    /// A file's own page, or shared memory's: in a private mapping, the first store replaces it. Told where it was
-    /// asked for.
+    /// A file's own page, or shared memory's: in a private mapping, the first store replaces it. Told of [`Sort::File`].
     pub file: bool,
+}
+
+impl Unusual {
+    /// Pages that are not there.
+    pub const fn absent(range: VaRange) -> Self {
+        Self { range, present: false, write: false, huge: false, zero: false, file: false }
+    }
 }
 
 /// What the operating system does for us. `range` is always the program's memory, `slot` the arena's.
@@ -178,15 +198,22 @@ pub trait Host: Park {
     /// page up to which was looked, as [`Host::present`].
     fn mappings(&self, range: VaRange, found: &mut [Rights]) -> (usize, Vpn);
 
-    /// The pages of `range` that a load finds without a fault, zeros included, in order, into `found`. Returns how
-    /// many entries were filled and the page up to which was looked, as [`Host::present`]. Whether they are a file's is
-    /// told if `files`: the system looks at every page for that.
-    fn mapped(&self, range: VaRange, files: bool, found: &mut [Mapped]) -> (usize, Vpn);
+    /// The pages of `range` that are [`Unusual`], in order, into `found`. Returns how many entries were filled and the
+    /// page up to which was looked, as [`Host::present`]: up to there, all others are as pages are as a rule. There is
+    /// room for two at least. What is said of managed memory is worth nothing if its mapping changes meanwhile
+    /// ([`Host::is_changing`]).
+    fn unusual(&self, range: VaRange, sort: Sort, found: &mut [Unusual]) -> (usize, Vpn);
 
     /// Has pages of `range` there as a load, or a store, to each would (`MADV_POPULATE_READ`, `_WRITE`): from the
     /// system's own swap, or instead of the page of zeros. To be called with no lock held: where pages are absent
     /// it waits for fault handlers.
     fn touch(&self, range: VaRange, write: bool) -> Progress;
+
+    /// Whether the program's own changes of its mappings are told of by events. Where not, what is known of pages is worth
+    /// nothing a moment later.
+    fn hears(&self) -> bool {
+        true
+    }
 
     /// Whether a change of mappings is under way whose event is yet to be read: what was seen of any page may be
     /// over. As long as the layout lock is held, a change that has begun stays under way.

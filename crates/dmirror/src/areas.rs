@@ -56,12 +56,13 @@ impl Table {
 
     /// Takes over what is known of pages.
     pub(crate) fn install(&mut self, pages: Pages<'_>) {
-        self.views_of(pages.range()).copy_from_slice(pages.views());
+        let (first, views) = (self.range.first(), &mut self.views);
+        pages.segments().iter().for_each(|segment| segment.copy_to(first, views));
     }
 
     /// The same, if all of them are the device's alone.
     pub(crate) fn install_exclusive(&mut self, pages: Pages<'_>) {
-        let all = pages.views().iter().all(|view| view.is_exclusive());
+        let all = pages.views().all(|view| view.is_exclusive());
         if all {
             self.install(pages);
         } else {
@@ -72,8 +73,8 @@ impl Table {
     /// The same, of those that are on the device: what the table says of others stays as it is.
     pub(crate) fn install_own(&mut self, pages: Pages<'_>, own: Owner) {
         for (entry, view) in self.views_of(pages.range()).iter_mut().zip(pages.views()) {
-            if is_own(*view, own) {
-                *entry = *view;
+            if is_own(view, own) {
+                *entry = view;
             }
         }
     }

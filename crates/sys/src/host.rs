@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use rustix::mm::Advice;
 use rustix::thread::futex;
 use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
-use uhmm_core::host::{Host, Install, Mapped, Progress, Rights, Stop};
+use uhmm_core::host::{Host, Install, Progress, Rights, Sort, Stop, Unusual};
 use uhmm_core::sync::{AtomicU32, Park};
 
 use crate::futex::Lock;
@@ -221,11 +221,71 @@ impl LinuxHost {
         Some((scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE))))
     }
 
+    /// [`Host::unusual`] by asking for that. `None` where that cannot be told: some of it is not mapped, perhaps.
+    fn scan_unusual(&self, range: VaRange, found: &mut [Unusual]) -> Option<(usize, Vpn)> {
+        let unusual =
+            Query { any: SPECIAL, lacking: PLAIN, report: PLAIN.union(SPECIAL), ..Query::default() };
+        let mut regions = [Region::UNUSED; 32];
+        let most = found.len().min(regions.len());
+        let scanned = self.scanner.scan(range, unusual, &mut regions[..most]).ok()?;
+        for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
+            *place = as_unusual(region);
+        }
+        self.rights.is_mapped(range).then(|| (scanned.regions, scanned.walk_end.page()))
+    }
+
+    /// [`Host::unusual`] by asking for what is present: of anything that may be mapped or not. `more` is asked about
+    /// besides.
+    fn scan_present(&self, range: VaRange, more: Categories, found: &mut [Unusual]) -> Option<(usize, Vpn)> {
+        let report = PLAIN.union(SPECIAL).union(more);
+        let present = Query { required: Categories::PRESENT, report, ..Query::default() };
+        let mut regions = [Region::UNUSED; 32];
+        // Each may have something absent before it; something absent may be the last.
+        let most = ((found.len() - 1) / 2).min(regions.len()).max(1);
+        let scanned = self.scanner.scan(range, present, &mut regions[..most]).ok()?;
+        let end = scanned.walk_end.page().max(range.first().forward(PageCount::ONE));
+        let (mut filled, mut from) = (0, range.first());
+        for region in &regions[..scanned.regions] {
+            let gap = VaRange::of_pages(from, region.range.first().since(from)).map(Unusual::absent);
+            let page = Some(as_unusual(region)).filter(|_| region.categories != PLAIN);
+            for unusual in gap.into_iter().chain(page) {
+                found[filled] = unusual;
+                filled += 1;
+            }
+            from = region.range.end_page();
+        }
+        if let Some(gap) = VaRange::of_pages(from, end.since(from)) {
+            // With room for two there may be none left: then it is looked at again.
+            let Some(place) = found.get_mut(filled) else { return Some((filled, from)) };
+            *place = Unusual::absent(gap);
+            filled += 1;
+        }
+        Some((filled, end))
+    }
+
     /// Whether there is a page, of whatever kind; `None` where the page map cannot be read.
     fn is_occupied(&self, page: Vpn) -> Option<bool> {
         let any = Query { any: Categories::PRESENT.union(Categories::SWAPPED), ..Query::default() };
         let mut found = [Region::UNUSED; 1];
         self.scanner.scan(VaRange::page(page), any, &mut found).ok().map(|scanned| scanned.regions > 0)
+    }
+}
+
+/// What a page is as a rule.
+const PLAIN: Categories = Categories::PRESENT.union(Categories::WRITTEN);
+/// What it may be besides.
+const SPECIAL: Categories = Categories::ZERO.union(Categories::HUGE);
+
+fn as_unusual(region: &Region) -> Unusual {
+    let is = |what| region.categories.contains(what);
+    let present = is(Categories::PRESENT);
+    Unusual {
+        range: region.range,
+        present,
+        write: present && is(Categories::WRITTEN) && !is(Categories::ZERO),
+        huge: is(Categories::HUGE),
+        zero: is(Categories::ZERO),
+        file: is(Categories::FILE),
     }
 }
 
@@ -356,31 +416,19 @@ impl Host for LinuxHost {
 
     /// Where the page map cannot be read, nothing is known to be there. Without `PAGEMAP_SCAN` the page of zeros looks
     /// like any other, and nothing is huge.
-    fn mapped(&self, range: VaRange, files: bool, found: &mut [Mapped]) -> (usize, Vpn) {
-        let always = Categories::WRITTEN.union(Categories::ZERO).union(Categories::HUGE);
-        let there = Query {
-            required: Categories::PRESENT,
-            excluded: Categories::NONE,
-            any: Categories::NONE,
-            report: if files { always.union(Categories::FILE) } else { always },
+    ///
+    /// The kernel spends more on telling of a page than on looking at it. Of memory that is known to be mapped it is
+    /// therefore asked what is unusual; it passes over what is not mapped at all.
+    fn unusual(&self, range: VaRange, sort: Sort, found: &mut [Unusual]) -> (usize, Vpn) {
+        let looked = match sort {
+            Sort::Managed => self.scan_unusual(range, found),
+            Sort::Anonymous => None,
+            Sort::File => self.scan_present(range, Categories::FILE, found),
         };
-        let mut regions = [Region::UNUSED; 32];
-        let most = found.len().min(regions.len());
-        let Ok(scanned) = self.scanner.scan(range, there, &mut regions[..most]) else {
-            return (0, range.end_page());
-        };
-        for (place, region) in found.iter_mut().zip(&regions[..scanned.regions]) {
-            let is = |what| region.categories.contains(what);
-            let write = is(Categories::WRITTEN) && !is(Categories::ZERO);
-            *place = Mapped {
-                range: region.range,
-                write,
-                huge: is(Categories::HUGE),
-                zero: is(Categories::ZERO),
-                file: is(Categories::FILE),
-            };
-        }
-        (scanned.regions, scanned.walk_end.page().max(range.first().forward(PageCount::ONE)))
+        looked.or_else(|| self.scan_present(range, Categories::NONE, found)).unwrap_or_else(|| {
+            found[0] = Unusual::absent(range);
+            (1, range.end_page())
+        })
     }
 
     fn touch(&self, range: VaRange, write: bool) -> Progress {
@@ -393,6 +441,10 @@ impl Host for LinuxHost {
             Err(Errno::INVAL) => Progress::stopped(PageCount::ZERO, Stop::Refused),
             Err(errno) => Progress::stopped(PageCount::ZERO, Stop::Errno(errno.raw_os_error())),
         }
+    }
+
+    fn hears(&self) -> bool {
+        self.program.features().contains(Features::EVENT_REMOVE)
     }
 
     /// Every request of userfaultfd is refused while a change is under way, before the kernel looks at what is asked:

@@ -178,6 +178,21 @@ impl MappingRights {
         Ok((found.len(), at))
     }
 
+    /// Whether all of `range` is mapped. `false` where that cannot be told without reading the list.
+    pub fn is_mapped(&self, range: VaRange) -> bool {
+        let mut at = range.first();
+        while at < range.end_page() {
+            if self.fallback.load(Ordering::Relaxed) {
+                return false;
+            }
+            match self.query(at, &mut []).map(|answer| answer.as_ref().and_then(range_of)) {
+                Ok(Some(mapping)) if mapping.contains(at) => at = mapping.end_page(),
+                Ok(_) | Err(_) => return false,
+            }
+        }
+        true
+    }
+
     fn read(&self, range: VaRange, found: &mut [Rights]) -> io::Result<(usize, Vpn)> {
         let (mut filled, mut end) = (0, None);
         self.list.lock().for_each(|entry| {

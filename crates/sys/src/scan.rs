@@ -71,8 +71,10 @@ pub struct Query {
     pub required: Categories,
     /// none of these,
     pub excluded: Categories,
-    /// and one of these, unless it names none.
+    /// and one of these,
     pub any: Categories,
+    /// or not one of these: that a page has one of the first or lacks one of the second is enough. Unless both name none.
+    pub lacking: Categories,
     /// What an answer tells. Neighbours that are equal in these make one region.
     pub report: Categories,
 }
@@ -83,13 +85,14 @@ impl Query {
         required: Categories::PRESENT,
         excluded: Categories::ZERO.union(Categories::FILE),
         any: Categories::NONE,
+        lacking: Categories::NONE,
         report: Categories::PRESENT,
     };
 
     const fn matches(self, page: Categories) -> bool {
         page.contains(self.required)
             && !page.meets(self.excluded)
-            && (self.any.0 == 0 || page.meets(self.any))
+            && (self.any.union(self.lacking).0 == 0 || page.meets(self.any) || !page.contains(self.lacking))
     }
 }
 
@@ -205,9 +208,9 @@ impl PagemapScan {
                 vec: batch.as_mut_ptr().expose_provenance() as u64,
                 vec_len: list.room().min(BATCH) as u64,
                 max_pages: 0,
-                category_inverted: query.excluded.0,
+                category_inverted: query.excluded.0 | query.lacking.0,
                 category_mask: query.required.0 | query.excluded.0,
-                category_anyof_mask: query.any.0,
+                category_anyof_mask: query.any.0 | query.lacking.0,
                 return_mask: query.report.0,
             };
             // SAFETY: `Request` describes this request (see there), and `batch` has room for the `vec_len`

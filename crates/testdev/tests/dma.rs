@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use uhmm_addr::{CHUNK_PAGES, DmaAddr, PageCount, VaRange, VirtAddr, Vpn};
 use uhmm_core::dma::{DmaError, DmaTable, Identity, Iommu, IommuError};
-use uhmm_core::mirror::{Mirror, PageView, Patience, RangeFaultError, Retry};
+use uhmm_core::mirror::{Mirror, Patience, RangeFaultError, Retry, Segment};
 use uhmm_core::mm::Mm;
 use uhmm_core::notifier::{Change, Event};
 use uhmm_testdev::sim_host::{Bed, Setup, SimHost, deliver, page_at, pages_at};
@@ -84,7 +84,7 @@ fn map<I: Iommu>(
     pages: usize,
     write: bool,
 ) -> Result<(), DmaError> {
-    let mut room = [PageView::Absent; CHUNK_PAGES];
+    let mut room = [Segment::UNUSED; CHUNK_PAGES];
     let (range, patience) = (pages_at(first, pages), &mut Attempts(&bed.mm, 0));
     bed.program.with_scratch(|scratch| mirror.dma_map(range, write, &mut room, scratch, patience))
 }

@@ -8,7 +8,8 @@ use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
 use uhmm_core::mirror::{
-    Exclusive, Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Terms, Want,
+    Exclusive, Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Segment,
+    Terms, Want,
 };
 use uhmm_core::mm::Mm;
 use uhmm_core::notifier::{Change, Event, Mark, Owner, Subscriber, WouldBlock};
@@ -81,7 +82,7 @@ fn take_by(
     range: VaRange,
     by: Option<Owner>,
 ) -> Result<Exclusive, RangeFaultError> {
-    let (terms, room) = (Terms { since: mm.epoch(), by }, &mut [PageView::Absent; 7]);
+    let (terms, room) = (Terms { since: mm.epoch(), by }, &mut [Segment::UNUSED; 7]);
     let patience = &mut Attempts { mm, left: 0 };
     program.with_scratch(|scratch| mirror.exclusive(range, &terms, room, scratch, patience, Table::install))
 }
@@ -462,7 +463,7 @@ fn a_page_that_is_touched_meanwhile_is_asked_for_again() {
         let mirror = bed.mm.mirror(pages_at(0, 3), Table::default());
         let terms = Terms { since: bed.mm.epoch(), by: None };
         let ask = |patience: &mut dyn Patience| {
-            let room = &mut [PageView::Absent; 8];
+            let room = &mut [Segment::UNUSED; 8];
             bed.program.with_scratch(|scratch| {
                 mirror.exclusive(pages_at(0, 3), &terms, room, scratch, patience, Table::install)
             })
@@ -504,7 +505,7 @@ fn pages_whose_mapping_changed_are_not_taken_on_old_terms() {
         bed.host().map(pages_at(2, 2));
         bed.fill(2, 2);
         let mirror = bed.mm.mirror(pages_at(0, 4), Table::default());
-        let (room, patience) = (&mut [PageView::Absent; 2], &mut Attempts { mm: &bed.mm, left: 0 });
+        let (room, patience) = (&mut [Segment::UNUSED; 2], &mut Attempts { mm: &bed.mm, left: 0 });
         let done = bed.program.with_scratch(|scratch| {
             mirror.exclusive(pages_at(0, 4), &terms, room, scratch, patience, Table::install)
         });

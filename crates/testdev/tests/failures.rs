@@ -11,7 +11,7 @@ use uhmm_core::device::{MemoryType, TransferError};
 use uhmm_core::frame::Slot;
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
-use uhmm_core::mirror::{MirrorTable, PageView, Patience, Retry, Terms};
+use uhmm_core::mirror::{MirrorTable, PageView, Patience, Retry, Segment, Terms};
 use uhmm_core::notifier::Event;
 use uhmm_core::stats::Skipped;
 use uhmm_testdev::sim_host::{Bed, Killed, Setup, deliver, page_at, pages_at};
@@ -232,7 +232,7 @@ impl Script {
         let (bed, range) = (&self.bed, pages_at(n, pages));
         let mirror = bed.mm.mirror(range, Frames::default());
         let terms = Terms { since: bed.mm.epoch(), by: None };
-        let (room, patience) = (&mut [PageView::Absent; 5], &mut Attempts { bed, left: 0 });
+        let (room, patience) = (&mut [Segment::UNUSED; 5], &mut Attempts { bed, left: 0 });
         let done = bed.program.with_scratch(|scratch| {
             mirror.exclusive(range, &terms, room, scratch, patience, |frames, pages| {
                 frames.0.extend(pages.iter().filter_map(|(page, view)| match view {

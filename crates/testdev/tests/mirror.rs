@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange, Vpn};
 use uhmm_core::device::TransferError;
+use uhmm_core::host::Host;
 use uhmm_core::migrate::Select;
 use uhmm_core::mirror::{
-    Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Unusable, Want,
+    Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Segment, Unusable, Want,
 };
 use uhmm_core::mm::Mm;
 use uhmm_core::notifier::{Change, Event, WouldBlock};
+use uhmm_core::pin::PinFor;
 use uhmm_core::stats::{Counter, Skipped};
 use uhmm_testdev::sim_host::{Bed, Program, Setup, SimHost, deliver, page_at, pages_at};
 
@@ -113,7 +115,7 @@ fn populate_by(
     want: Want,
     patience: &mut dyn Patience,
 ) -> Result<(), RangeFaultError> {
-    let (request, room) = (Request::all(want), &mut [ABSENT; 64]);
+    let (request, room) = (Request::all(want), &mut [Segment::UNUSED; 64]);
     program.with_scratch(|scratch| mirror.populate(range, &request, room, scratch, patience, Table::install))
 }
 
@@ -275,14 +277,15 @@ fn batches_of_any_size() {
             table.install(pages);
         };
         let request = Request::all(Want::Write);
-        let (room, patience) = (&mut [ABSENT; 100], &mut Attempts::ten(&bed.mm));
+        let (room, patience) = (&mut [Segment::UNUSED; 5], &mut Attempts::ten(&bed.mm));
         let range = pages_at(11, pages);
         bed.program
             .with_scratch(|scratch| mirror.populate(range, &request, room, scratch, patience, &mut install))
             .unwrap();
         assert_eq!(mirrored(&mirror, 11, pages), vec![RAM; pages]);
-        assert_eq!(batches[0], pages_at(11, 100));
-        assert!(batches.iter().all(|batch| batch.chunks().count() == 1));
+        // What has to be brought is brought chunk by chunk; what is there by then comes along.
+        assert_eq!(batches[0], pages_at(11, CHUNK_PAGES - 11));
+        assert_eq!(batches.len(), 2, "{batches:?}");
         assert_eq!(batches.iter().map(|batch| batch.pages().get()).sum::<usize>(), pages);
         assert_eq!(fault(&bed, 11, pages, &request), Ok(vec![RAM; pages]));
         bed.check(11, pages);
@@ -517,5 +520,164 @@ fn a_mirror_beside_a_program_never_lies() {
             }
         });
         bed.check(0, 32);
+    });
+}
+
+/// A source of the same numbers each time.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, most: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % most
+    }
+}
+
+/// What a mirror says from what it knows is what a look that knows nothing finds.
+fn expect_known_is_found(bed: &Bed, mirror: &Mirror<'_, SimHost, Table>, what: &dyn core::fmt::Debug) {
+    let range = mirror.range();
+    let mut views = vec![UNMAPPED; range.pages().get()];
+    mirror.snapshot(range, &Request::SNAPSHOT, &mut views).unwrap();
+    let mut found = vec![UNMAPPED; range.pages().get()];
+    bed.mm.snapshot(range, &Request::SNAPSHOT, &mut found).unwrap();
+    let wrong = views.iter().zip(&found).position(|(view, found)| view != found);
+    let wrong = wrong.map(|n| (n, views[n], found[n]));
+    assert_eq!(wrong, None, "after {what:?}");
+    if bed.host().is_changing() {
+        // The table is told when the event is read.
+        return;
+    }
+    mirror.look(|table| {
+        for (page, view) in &table.entries {
+            assert!(found[page.since(range.first()).get()].is_valid(), "{page:?} {view:?} after {what:?}");
+        }
+    });
+}
+
+#[test]
+fn what_a_mirror_knows_is_what_there_is() {
+    const PAGES: usize = 4 * CHUNK_PAGES;
+    for seed in 0..24 {
+        let numbers = &mut Numbers(seed);
+        let can_move = seed % 2 == 0;
+        let bed = Bed::new(Setup {
+            memory: PAGES,
+            device: 2 * PAGES,
+            slots: 2 * CHUNK_PAGES,
+            can_move,
+            track: seed % 3 == 0,
+            ..Setup::default()
+        });
+        bed.host().fill_huge(pages_at(CHUNK_PAGES, CHUNK_PAGES), |n| 100 + (CHUNK_PAGES + n) as u64);
+        // Whole chunks and parts of some.
+        let mirror = bed.mm.mirror(pages_at(40, PAGES - 90), Table::default());
+        let mut last = Vec::new();
+        for _ in 0..40 {
+            let first = numbers.below(PAGES);
+            let most = 1 << numbers.below(11);
+            let pages = (1 + numbers.below(most)).min(PAGES - first);
+            let act = numbers.below(10);
+            last.push((act, first, pages));
+            let range = pages_at(first, pages);
+            match act {
+                0 | 1 => drop(populate(&bed, &mirror, mirror.range(), Want::Write)),
+                2 => drop(
+                    range.intersect(mirror.range()).map(|part| populate(&bed, &mirror, part, Want::Read)),
+                ),
+                3 => drop(bed.migrate(first, pages.min(64))),
+                4 => drop(bed.program.load(page_at(first)).unwrap()),
+                5 => bed.program.dontneed(range),
+                6 => bed.mm.forked(&bed.mm.lock_layout(), bed.memory()),
+                7 => {
+                    // Begun, and read a while after.
+                    bed.host().announce_removal(range);
+                    expect_known_is_found(&bed, &mirror, &last);
+                    deliver(&bed.mm);
+                    expect_known_is_found(&bed, &mirror, &last);
+                    bed.host().zap(range);
+                }
+                8 => {
+                    bed.host().set_read_only(range, true);
+                    expect_known_is_found(&bed, &mirror, &last);
+                    bed.host().set_read_only(range, false);
+                }
+                _ => {
+                    let held = bed.program.with_scratch(|scratch| bed.mm.pin(range, PinFor::Write, scratch));
+                    if let Ok(held) = held {
+                        expect_known_is_found(&bed, &mirror, &last);
+                        bed.mm.unpin(held);
+                    }
+                }
+            }
+            expect_known_is_found(&bed, &mirror, &last);
+        }
+    }
+}
+
+#[test]
+fn what_is_known_needs_no_look_and_is_forgotten_with_the_first_change() {
+    let bed = Bed::new(Setup { memory: 2 * CHUNK_PAGES, device: 2 * CHUNK_PAGES, ..Setup::default() });
+    bed.fill(0, 2 * CHUNK_PAGES);
+    let mirror = bed.mm.mirror(bed.memory(), Table::default());
+    let segments = || {
+        let mut all = Vec::new();
+        mirror.segments(bed.memory(), &Request::SNAPSHOT, |segment| all.push(segment)).unwrap();
+        all.iter().map(|segment| (segment.range(), segment.view())).collect::<Vec<_>>()
+    };
+    let looks = bed.host().looks();
+    assert_eq!(segments(), [(bed.memory(), RAM)]);
+    let first = bed.host().looks() - looks;
+    assert!(first > 0);
+    assert_eq!(segments(), [(bed.memory(), RAM)]);
+    assert_eq!(bed.host().looks() - looks, first, "it is known");
+    assert_eq!(bed.migrate(CHUNK_PAGES + 5, 1).moved.get(), 1);
+    let behind = pages_at(CHUNK_PAGES + 6, CHUNK_PAGES - 6);
+    let expected =
+        [(pages_at(0, CHUNK_PAGES + 5), RAM), (pages_at(CHUNK_PAGES + 5, 1), ABSENT), (behind, RAM)];
+    assert_eq!(segments(), expected);
+    assert!(bed.host().looks() - looks > first, "one chunk is not known any more");
+    // Nobody is told of what is not heard: nothing is remembered.
+    bed.host().set_deaf();
+    let deaf = bed.mm.mirror(bed.memory(), Table::default());
+    let look = || {
+        let before = bed.host().looks();
+        deaf.segments(bed.memory(), &Request::SNAPSHOT, |_| ()).unwrap();
+        bed.host().looks() - before
+    };
+    assert!(look() > 0 && look() > 0);
+}
+
+#[test]
+fn a_mirror_that_knows_whole_chunks_never_lies_either() {
+    both_ways(|setup| {
+        let memory = 2 * CHUNK_PAGES;
+        let bed = Bed::new(Setup { memory, device: 2 * memory, ..setup });
+        bed.fill(0, memory);
+        let mirror = bed.mm.mirror(bed.memory(), Table::default());
+        let over = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            let (mm, pagemap, over) = (&bed.mm, &bed.pagemap, &over);
+            scope.spawn(move || {
+                let program = Program::new(mm.clone());
+                for round in 0..60 {
+                    let page = round * 37 % memory;
+                    let _ = mm.migrate(pages_at(page, 1), mm.epoch(), pagemap, Select::All);
+                    assert_eq!(program.load(page_at(page)), Ok(100 + page as u64));
+                }
+                over.store(1, Ordering::Release);
+            });
+            while over.load(Ordering::Acquire) == 0 {
+                match populate(&bed, &mirror, bed.memory(), Want::Nothing) {
+                    Ok(()) | Err(RangeFaultError::TimedOut(_)) => {}
+                    Err(error) => panic!("{error}"),
+                }
+                mirror.look(|table| {
+                    for page in table.entries.keys() {
+                        assert!(bed.host().is_present(*page), "{page:?} is not where the table says");
+                    }
+                });
+            }
+        });
+        bed.check(0, memory);
     });
 }

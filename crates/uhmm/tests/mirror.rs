@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Memory, PAGE, Setup, check, eventually, expect_places, fill, memory, part, settle};
+use common::{
+    Memory, PAGE, Setup, WORDS, check, check_from, eventually, expect_places, fill, memory, part, settle,
+};
 use rustix::mm::MprotectFlags;
 use uhmm::mirror::{
     DEFAULT_TIMEOUT, Mirror, MirrorError, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry,
@@ -16,7 +18,8 @@ use uhmm::mirror::{
 };
 use uhmm::notifier::Event;
 use uhmm::{
-    ByteSize, Device, Geometry, MemDevice, MemoryType, PageCount, Transfer, TransferError, VaRange, Vpn,
+    ByteSize, Device, Engine, Geometry, MemDevice, MemoryType, PageCount, Transfer, TransferError, VaRange,
+    Vpn,
 };
 use uhmm_core::device::DevicePage;
 
@@ -31,6 +34,8 @@ scenarios!(
     a_huge_mapping_has_its_order,
     a_budget_is_kept_while_populating,
     a_mirror_never_lies,
+    whole_chunks_are_known_until_they_change,
+    a_mirror_that_knows_whole_chunks_never_lies,
     patience_comes_to_an_end,
     changes_without_end,
     a_lost_page_is_told_by_its_address,
@@ -257,9 +262,8 @@ fn batches_across_chunks(setup: Setup) {
     let mut seen = 0;
     mirror
         .populate(range, Want::Write, |table, batch| {
-            assert_eq!(batch.range().chunks().count(), 1);
-            assert_eq!(batch.views().len(), batch.range().pages().get());
-            seen += batch.views().len();
+            assert_eq!(batch.views().count(), batch.range().pages().get());
+            seen += batch.views().count();
             table.install(batch);
         })
         .unwrap();
@@ -371,6 +375,87 @@ fn a_mirror_never_lies(setup: Setup) {
         }
         over.store(true, Ordering::Release);
     });
+    drop(mirror);
+    drop(adopted);
+}
+
+fn whole_chunks_are_known_until_they_change(setup: Setup) {
+    let pages = 4 * CHUNK;
+    let space = setup.space(ByteSize::mib(16));
+    let mut memory = Memory::new(pages);
+    fill(memory.words_mut(0, pages), 20);
+    let adopted = memory.adopt(&space);
+    let range = memory.range();
+    let mirror = space.mirror(range, Table::default()).unwrap();
+    let hears = setup.engine == Engine::Threads;
+    let as_found = |what: &str| {
+        let mut found = vec![UNMAPPED; pages];
+        space.snapshot(range, None, &mut found).unwrap();
+        let known = snapshot(&mirror, range);
+        let wrong = known.iter().zip(&found).position(|(known, found)| known != found);
+        assert_eq!(wrong.map(|n| (n, known[n], found[n])), None, "{what}");
+    };
+    let acts: [(&str, &dyn Fn()); 6] = [
+        ("a page leaves", &|| assert_eq!(space.migrate(part(range, 700, 1)).unwrap().moved.get(), 1)),
+        ("pages leave across a border", &|| {
+            assert_eq!(space.migrate(part(range, 2 * CHUNK - 40, 80)).unwrap().moved.get(), 80);
+        }),
+        ("it may only be read", &|| memory.protect(CHUNK, CHUNK, MprotectFlags::READ)),
+        ("and written", &|| memory.protect(CHUNK, CHUNK, MprotectFlags::READ | MprotectFlags::WRITE)),
+        ("contents are given up", &|| {
+            if hears {
+                memory.give_up(900, 3);
+            }
+        }),
+        ("all of it leaves", &|| assert!(space.migrate(range).unwrap().moved.get() > 0)),
+    ];
+    for (what, act) in acts {
+        let populated = mirror.populate(range, Want::Write, Table::install);
+        assert!(populated.is_ok() || what == "and written", "{populated:?}");
+        as_found("all of it is there");
+        settle(&space, range);
+        act();
+        as_found(what);
+    }
+    check(memory.words(0, 900), 20);
+    drop(mirror);
+    drop(adopted);
+}
+
+fn a_mirror_that_knows_whole_chunks_never_lies(setup: Setup) {
+    let pages = 3 * CHUNK;
+    let space = setup.space(ByteSize::mib(16));
+    let mut memory = Memory::new(pages);
+    fill(memory.words_mut(0, pages), 21);
+    let adopted = memory.adopt(&space);
+    let range = memory.range();
+    let mirror = space.mirror(range, Table::default()).unwrap();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Acquire) {
+                match mirror.populate(range, Want::Nothing, Table::install) {
+                    Ok(()) | Err(RangeFaultError::TimedOut(_)) => {}
+                    Err(error) => panic!("{error}"),
+                }
+                // As long as the lock is held, no change gets past its callback.
+                mirror.look(|table| {
+                    let there = table.entries.values().filter(|view| view.is_valid()).count();
+                    let found = space.residency(range).resident;
+                    assert!(there <= found.get(), "{there} are said to be there, {found:?} are");
+                });
+            }
+        });
+        for round in 0..150 {
+            let page = round * 97 % pages;
+            let _ = space.migrate(part(range, page, 1)).unwrap();
+            thread::sleep(Duration::from_micros(200));
+            check_from(memory.words(page, 1), 21, page * WORDS);
+            thread::sleep(Duration::from_micros(200));
+        }
+        over.store(true, Ordering::Release);
+    });
+    check(memory.words(0, pages), 21);
     drop(mirror);
     drop(adopted);
 }

@@ -8,7 +8,7 @@ use std::thread;
 use common::{PAGE, Setup, WORDS, check, fill, part, settle, word};
 use io_uring::{IoUring, opcode, types};
 use rustix::mm::{MprotectFlags, mprotect};
-use uhmm::{ByteSize, PageCount, PinError, PinFor, Skip};
+use uhmm::{ByteSize, Engine, PageCount, PinError, PinFor, Skip};
 
 scenarios!(
     pinned_pages_come_home_and_stay,
@@ -17,6 +17,8 @@ scenarios!(
     what_is_not_managed_is_not_pinned,
     registered_buffers_beside_migration,
     pins_beside_migration_and_eviction,
+    a_chunk_is_pinned_again_and_let_go,
+    pins_of_a_chunk_beside_migration,
     a_space_with_a_limit_makes_room_for_what_is_pinned,
 );
 
@@ -162,6 +164,68 @@ fn pins_beside_migration_and_eviction(setup: Setup) {
     });
     assert!(space.pins().is_empty());
     check(&buffer, 6);
+}
+
+fn a_chunk_is_pinned_again_and_let_go(setup: Setup) {
+    const CHUNK: usize = 512;
+    let space = setup.space(ByteSize::mib(16));
+    let mut buffer = space.map::<u64>(2 * CHUNK * WORDS).unwrap();
+    fill(&mut buffer, 11);
+    let chunk = part(buffer.range(), CHUNK, CHUNK);
+    for round in 0..3 {
+        for _ in 0..3 {
+            let pinned = space.pin(chunk, PinFor::Write).unwrap();
+            assert_eq!((pinned.range(), space.pins().len()), (chunk, 1));
+            assert_eq!(space.residency(chunk).resident.get(), CHUNK, "round {round}");
+            let done = space.migrate(buffer.range()).unwrap();
+            assert_eq!(done.skipped.get(Skip::Pinned), CHUNK as u64, "round {round}");
+            drop(pinned);
+        }
+        settle(&space, buffer.range());
+        // Nobody holds them any more, and they go.
+        let done = space.migrate(chunk).unwrap();
+        assert_eq!((done.moved.get(), done.skipped.get(Skip::Pinned)), (CHUNK, 0), "round {round}");
+    }
+    // What was given up is there again, as zeros, before it is pinned again.
+    let pinned = space.pin(chunk, PinFor::Write).unwrap();
+    drop(pinned);
+    check(&buffer, 11);
+    if setup.engine == Engine::Threads {
+        let start = std::ptr::with_exposed_provenance_mut(part(chunk, 7, 2).start().get());
+        // SAFETY: pages of the buffer, whose contents are given up: they read as zeros.
+        unsafe { rustix::mm::madvise(start, 2 * PAGE, rustix::mm::Advice::LinuxDontNeed) }.unwrap();
+        let pinned = space.pin(chunk, PinFor::Write).unwrap();
+        assert_eq!(space.residency(chunk).resident.get(), CHUNK);
+        drop(pinned);
+        assert_eq!(buffer[(CHUNK + 7) * WORDS], 0);
+    }
+}
+
+fn pins_of_a_chunk_beside_migration(setup: Setup) {
+    const CHUNK: usize = 512;
+    let space = setup.space(ByteSize::mib(16));
+    let mut buffer = space.map::<u64>(CHUNK * WORDS).unwrap();
+    fill(&mut buffer, 12);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = space.migrate(buffer.range()).unwrap();
+            }
+        });
+        let _stop = Stop(&stop);
+        for round in 0..100 {
+            let pinned = space.pin(buffer.range(), PinFor::Write).unwrap();
+            let second = space.pin(buffer.range(), PinFor::Write).unwrap();
+            drop(pinned);
+            for _ in 0..5 {
+                assert_eq!(space.residency(buffer.range()).resident.get(), CHUNK, "round {round}");
+            }
+            drop(second);
+        }
+    });
+    assert!(space.pins().is_empty());
+    check(&buffer, 12);
 }
 
 fn a_space_with_a_limit_makes_room_for_what_is_pinned(setup: Setup) {

@@ -35,11 +35,12 @@ fn pages_come_home_for_a_job(setup: Setup) {
     assert_eq!(space.migrate(range).unwrap().moved, PageCount::new(PAGES));
     let mut job = space.userptr(range).unwrap();
     let looked = job.get_pages(Want::Nothing).unwrap();
-    assert_eq!(looked.pages().views(), [PageView::Absent; PAGES]);
+    assert!(looked.pages().views().eq([PageView::Absent; PAGES]));
     assert!(looked.done().is_ok());
     expect_places(&space, range, 0, PAGES);
     let got = job.get_pages(Want::Write).unwrap();
-    assert_eq!((got.pages().range(), got.pages().views()), (range, &[RAM; PAGES][..]));
+    assert_eq!((got.pages().range(), got.pages().segments().len()), (range, 1), "all alike");
+    assert!(got.pages().views().eq([RAM; PAGES]));
     assert!(!got.is_stale());
     drop(got.done().unwrap());
     expect_places(&space, range, PAGES, 0);

@@ -126,7 +126,8 @@ impl Pair {
         let (ours, limit) = (self.ours.median(), self.limit.median());
         let ratio = limit / ours;
         let met = ratio >= goal;
-        Measure { name, value: convert(ours), unit, limit: convert(limit), limit_name, ratio, goal, met }
+        let (value, limit) = (convert(ours), convert(limit));
+        Measure { name, value, unit, limit, limit_name, ratio, goal, most: None, met }
     }
 }
 

@@ -22,7 +22,7 @@ pub use table::DmaTable;
 
 use crate::fault::Scratch;
 use crate::host::Host;
-use crate::mirror::{Mirror, PageView, Patience, RangeFaultError, Want};
+use crate::mirror::{Mirror, Patience, RangeFaultError, Segment, Want};
 use crate::mm::Mm;
 
 /// Why a run of pages could not be mapped.
@@ -105,7 +105,7 @@ impl<H: Host, I: Iommu> Mirror<'_, H, DmaTable<I>> {
         &self,
         range: VaRange,
         write: bool,
-        room: &mut [PageView],
+        room: &mut [Segment],
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
     ) -> Result<(), DmaError> {

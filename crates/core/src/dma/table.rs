@@ -6,7 +6,7 @@ use alloc::vec;
 use uhmm_addr::{DmaAddr, PAGE_SIZE, PageCount, VaRange, VirtAddr, Vpn};
 
 use super::{DmaError, Iommu};
-use crate::mirror::{MirrorTable, PageView, Pages};
+use crate::mirror::{MirrorTable, PageView, Pages, Segment};
 use crate::notifier::Event;
 
 const MAPPED: u64 = 1;
@@ -76,38 +76,44 @@ impl<I: Iommu> DmaTable<I> {
 
     pub(super) fn map(&mut self, pages: Pages<'_>, write: bool) -> Result<(), DmaError> {
         let first = pages.range().first().since(self.range.first()).get();
-        let end = first + pages.views().len();
+        let end = first + pages.range().pages().get();
         for at in first..end {
             if write && self.entries[at].has(MAPPED) && !self.entries[at].has(WRITE) {
                 self.unmap_run(at);
             }
         }
-        let mut at = first;
-        while at < end {
-            if self.entries[at].has(MAPPED) {
-                at += 1;
-                continue;
+        // Whoever pins the page of zeros for long is given a page in its place, as one that is shared.
+        let in_ram = |segment: &Segment| matches!(segment.view(), PageView::Ram { .. } | PageView::Zeros);
+        for alike in pages.segments().chunk_by(|one, next| in_ram(one) == in_ram(next)) {
+            let range = Pages::new(alike).range();
+            let mut at = range.first().since(self.range.first()).get();
+            let end = at + range.pages().get();
+            while at < end {
+                let count = (at..end).take_while(|n| !self.entries[*n].has(MAPPED)).count();
+                if count > 0 && !in_ram(&alike[0]) {
+                    return Err(DmaError::OnDevice(self.run(at, count).start()));
+                }
+                if count > 0 {
+                    self.map_run(at, count, write)?;
+                }
+                at += count.max(1);
             }
-            let is_free = |n: &usize| !self.entries[*n].has(MAPPED);
-            // Whoever pins the page of zeros for long is given a page in its place, as one that is shared.
-            let in_ram =
-                |n: &usize| matches!(pages.views()[*n - first], PageView::Ram { .. } | PageView::Zeros);
-            let count = (at..end).take_while(is_free).take_while(in_ram).count();
-            let run = self.run(at, count.max(1));
-            if count == 0 {
-                return Err(DmaError::OnDevice(run.start()));
-            }
-            let addr = self.iommu.map(run, write).map_err(|why| DmaError::Iommu(run.start(), why))?;
-            debug_assert_eq!(addr.get() & FLAGS, 0, "on a page boundary");
-            let access = if write { MAPPED | WRITE } else { MAPPED };
-            for n in 0..count {
-                self.entries[at + n] = Entry(addr.forward(PageCount::new(n)).get() | access);
-            }
-            self.entries[at].0 |= FIRST;
-            self.entries[at + count - 1].0 |= LAST;
-            self.mapped = self.mapped.plus(PageCount::new(count));
-            at += count;
         }
+        Ok(())
+    }
+
+    /// Maps so many pages from this index on, none of which is mapped.
+    fn map_run(&mut self, at: usize, count: usize, write: bool) -> Result<(), DmaError> {
+        let run = self.run(at, count);
+        let addr = self.iommu.map(run, write).map_err(|why| DmaError::Iommu(run.start(), why))?;
+        debug_assert_eq!(addr.get() & FLAGS, 0, "on a page boundary");
+        let access = if write { MAPPED | WRITE } else { MAPPED };
+        for n in 0..count {
+            self.entries[at + n] = Entry(addr.forward(PageCount::new(n)).get() | access);
+        }
+        self.entries[at].0 |= FIRST;
+        self.entries[at + count - 1].0 |= LAST;
+        self.mapped = self.mapped.plus(PageCount::new(count));
         Ok(())
     }
 

@@ -68,6 +68,7 @@ impl<H: Host> Mm<H> {
         select: Select,
         skipped: &mut Skipped,
     ) -> (Option<Collected<'_, H>>, PageCount) {
+        self.settle_pins(range);
         if self.arena.free_slots(&self.host).is_zero() {
             // Every slot has a frame that nobody needs: copies were installed, which take frames of their own.
             self.release_frames(BATCH);

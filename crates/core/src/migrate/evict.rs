@@ -62,6 +62,7 @@ impl<H: Host> Mm<H> {
         scratch: &mut Scratch,
     ) -> Migrated {
         let mut result = Migrated::default();
+        self.settle_pins(within);
         for part in self.table.used(within) {
             if let Some(to) = to {
                 self.send_on(part, pages, to, scratch, &mut result);

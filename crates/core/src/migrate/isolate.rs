@@ -7,7 +7,7 @@ use uhmm_addr::{PageCount, VaRange, Vpn};
 
 use super::collect::Collected;
 use crate::frame::{Empty, Framed, Run, RunState, Slot};
-use crate::host::{Host, Install, Mapped, Stop};
+use crate::host::{Host, Install, Sort, Stop, Unusual};
 use crate::mm::Mm;
 use crate::pagetable::PageWord;
 use crate::stats::{Counter, Skip, Skipped};
@@ -244,13 +244,20 @@ impl<H: Host> Mm<H> {
 
     /// What is present, the page of zeros included.
     fn there(&self, range: VaRange, found: &mut [VaRange; 16]) -> (usize, Vpn) {
-        let nothing = Mapped { range, write: false, huge: false, zero: false, file: false };
-        let mut mapped = [nothing; 16];
-        let (count, end) = self.host.mapped(range, false, &mut mapped);
-        for (place, mapped) in found.iter_mut().zip(&mapped[..count]) {
-            *place = mapped.range;
+        let mut unusual = [Unusual::absent(range); 16];
+        // Each of them may have present pages before it, and one stretch lies behind the last.
+        let (count, end) = self.host.unusual(range, Sort::Anonymous, &mut unusual[..15]);
+        let absent = unusual[..count].iter().filter(|unusual| !unusual.present);
+        let gaps = absent.map(|absent| (absent.range.first(), absent.range.end_page()));
+        let (mut filled, mut from) = (0, range.first());
+        for (gap, behind) in gaps.chain([(end, end)]) {
+            if let Some(present) = VaRange::of_pages(from, gap.since(from)) {
+                found[filled] = present;
+                filled += 1;
+            }
+            from = behind;
         }
-        (count, end)
+        (filled, end)
     }
 
     /// Holes, and pages that are the zero page. They are not copied: to read a hole would be a fault, of the

@@ -158,6 +158,7 @@ impl<H: Host> Mm<H> {
     /// wait for claims that this thread holds.
     pub fn migrate(&self, range: VaRange, since: Epoch, to: &Arc<Pagemap>, select: Select) -> Migrated {
         let mut result = Migrated::default();
+        self.settle_pins(range);
         for chunk in range.chunks() {
             self.migrate_present(chunk, &Job { since, to, select, by: None, zeros: false }, &mut result);
             if to.memory().is_some() {
@@ -179,6 +180,7 @@ impl<H: Host> Mm<H> {
         scratch: &mut Scratch,
     ) -> Migrated {
         let mut result = Migrated::default();
+        self.settle_pins(range);
         for chunk in range.chunks() {
             let mut rest = Some(chunk);
             while let Some(part) = rest {

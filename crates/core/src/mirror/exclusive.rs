@@ -21,8 +21,9 @@ mod loom;
 
 use uhmm_addr::{PageCount, VaRange};
 
+use super::look::Beside;
 use super::request::{Patience, RangeFaultError, Request, Retry, Want};
-use super::view::{PageView, Pages};
+use super::view::{Pages, Segment, Segments};
 use super::{Mirror, MirrorTable};
 use crate::fault::Scratch;
 use crate::host::Host;
@@ -55,8 +56,9 @@ const fn is_final(why: Skip) -> bool {
 }
 
 impl<H: Host, T: MirrorTable> Mirror<'_, H, T> {
-    /// Makes the pages of `range` the device's alone, and has `install` put them into the table, batch by batch as with
-    /// [`Mirror::populate`], and with the same duties. [`PageView::Exclusive`] names the frame's address; pages that
+    /// Makes the pages of `range` the device's alone, and has `install` put them into the table, batch by batch, as many
+    /// pages of a chunk at a time as there is `room` for, and otherwise as with [`Mirror::populate`], with the same duties.
+    /// [`PageView::Exclusive`](super::PageView::Exclusive) names the frame's address; pages that
     /// could not be had are told as they are.
     ///
     /// # Errors
@@ -68,24 +70,25 @@ impl<H: Host, T: MirrorTable> Mirror<'_, H, T> {
         &self,
         range: VaRange,
         terms: &Terms,
-        room: &mut [PageView],
+        room: &mut [Segment],
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
         mut install: impl FnMut(&mut T, Pages<'_>),
     ) -> Result<Exclusive, RangeFaultError> {
-        assert!(!room.is_empty(), "pages are told of in views");
+        assert!(!room.is_empty(), "pages are told of in segments");
         if !self.range().encloses(range) || !self.mm.table().covers(range) {
             return Err(RangeFaultError::Outside(range));
         }
         // All of it first: what is forbidden touches nothing.
-        self.mm.permit(range, &self.watched.gone(), &Request::all(Want::Write))?;
+        self.mm.permit(range, &self.beside(), &Request::all(Want::Write))?;
+        let most = PageCount::new(room.len());
+        let mut seen = Segments::new(room);
         let mut result = Exclusive::default();
         for chunk in range.chunks() {
             let mut rest = Some(chunk);
             while let Some(left) = rest {
-                let batch = left.take(PageCount::new(room.len()));
-                let views = &mut room[..batch.pages().get()];
-                let done = self.exclusive_batch(batch, terms, views, scratch, patience, &mut install)?;
+                let batch = left.take(most);
+                let done = self.exclusive_batch(batch, terms, &mut seen, scratch, patience, &mut install)?;
                 result.pages = result.pages.plus(done.pages);
                 result.skipped.merge(&done.skipped);
                 rest = left.skip(batch.pages());
@@ -98,7 +101,7 @@ impl<H: Host, T: MirrorTable> Mirror<'_, H, T> {
         &self,
         batch: VaRange,
         terms: &Terms,
-        views: &mut [PageView],
+        seen: &mut Segments<'_>,
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
         install: &mut impl FnMut(&mut T, Pages<'_>),
@@ -109,20 +112,21 @@ impl<H: Host, T: MirrorTable> Mirror<'_, H, T> {
             if self.mm.is_closed() {
                 return Err(RangeFaultError::Closed);
             }
-            let gone = self.watched.gone();
-            self.mm.permit(batch, &gone, &request)?;
-            self.mm.fault_chunk(batch, &gone, &request, views, scratch, patience)?;
+            let beside = self.beside();
+            self.mm.permit(batch, &beside, &request)?;
+            self.mm.fault_part(batch, &beside, &request, seen, scratch, patience)?;
             let mut skipped = Skipped::default();
-            self.take(batch, views, terms, patience, &mut skipped);
+            self.take(seen, terms, patience, &mut skipped);
             let collection = self.watched.collect();
-            let gone = *collection.gone();
-            if !self.mm.look(batch, &gone, &request, views) {
+            let beside = Beside { gone: *collection.gone(), ..beside };
+            if !self.mm.look(batch, &beside, &request, seen) {
                 if patience.again(Retry::Pending) {
                     continue;
                 }
                 return Err(RangeFaultError::TimedOut(Retry::Pending));
             }
-            let pages = PageCount::new(views.iter().filter(|view| view.is_exclusive()).count());
+            let exclusive = seen.as_slice().iter().filter(|segment| segment.view().is_exclusive());
+            let pages = PageCount::new(exclusive.map(|segment| segment.range().pages().get()).sum());
             let missing = batch.pages().minus(pages).get() as u64;
             let hopeless: u64 =
                 skipped.iter().filter(|(why, _)| is_final(*why)).map(|(_, count)| count).sum();
@@ -133,7 +137,7 @@ impl<H: Host, T: MirrorTable> Mirror<'_, H, T> {
                 // Taken, and touched before the look.
                 skipped.add(Skip::Raced, missing.saturating_sub(skipped.total()) as usize);
                 self.mm.stats().skip(&skipped);
-                install(&mut table, Pages::new(batch, views));
+                install(&mut table, seen.pages());
                 return Ok(Exclusive { pages, skipped });
             }
             if !patience.again(Retry::Changed) {
@@ -142,23 +146,15 @@ impl<H: Host, T: MirrorTable> Mirror<'_, H, T> {
         }
     }
 
-    /// Has the pages of `batch` lent that are not yet.
-    fn take(
-        &self,
-        batch: VaRange,
-        views: &[PageView],
-        terms: &Terms,
-        patience: &mut dyn Patience,
-        skipped: &mut Skipped,
-    ) {
-        let mut rest = Some(batch);
-        for alike in views.chunk_by(|one, next| one.is_exclusive() == next.is_exclusive()) {
-            let Some(left) = rest else { break };
-            let part = left.take(PageCount::new(alike.len()));
-            rest = left.skip(part.pages());
-            if alike[0].is_exclusive() {
+    /// Has the pages lent that are not yet.
+    fn take(&self, seen: &Segments<'_>, terms: &Terms, patience: &mut dyn Patience, skipped: &mut Skipped) {
+        for alike in
+            seen.as_slice().chunk_by(|one, next| one.view().is_exclusive() == next.view().is_exclusive())
+        {
+            if alike[0].view().is_exclusive() {
                 continue;
             }
+            let part = Pages::new(alike).range();
             // A frame that is shared since a fork cannot be moved. What could not be done is found by the move.
             let _ = self.mm.host().touch(part, true);
             let holder = self.watched.holder();

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use ::loom::thread;
-use uhmm_addr::{VaRange, Vpn};
+use uhmm_addr::{Geometry, VaRange, Vpn};
 
 use super::MirrorTable;
-use super::watched::Watched;
+use super::view::{PageView, Segment, Segments};
+use super::watched::{Collection, Watched};
 use crate::notifier::{Change, Event, Notifiers};
 use crate::sync::loom::Futex;
 use crate::sync::{AtomicU32, Ordering};
@@ -49,7 +50,7 @@ impl Bed {
 
     fn mirror(&self) -> Watched<'_, Futex, Table> {
         let table = Table { entry: None, told: 0, alive: self.alive.clone() };
-        Watched::new(&self.notifiers, &self.futex, PAGE, table)
+        Watched::new(&self.notifiers, &self.futex, PAGE, table, true)
     }
 
     fn change(&self) {
@@ -141,5 +142,97 @@ fn a_change_that_may_not_wait_is_refused_or_noticed() {
         bed.publish(&mirror);
         changer.join().unwrap();
         bed.assert_true(&mirror);
+    });
+}
+
+/// A chunk of which a mirror may know that all its pages are there.
+struct Chunk {
+    notifiers: Notifiers,
+    futex: Futex,
+    /// Whether they are.
+    there: AtomicU32,
+}
+
+struct NoTable;
+
+impl MirrorTable for NoTable {
+    fn invalidate(&mut self, _range: VaRange, _event: Event) {}
+}
+
+impl Chunk {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { notifiers: Notifiers::new(), futex: Futex::new(), there: AtomicU32::new(1) })
+    }
+
+    fn range() -> VaRange {
+        VaRange::page(Vpn::new(0)).grow(Geometry::M2.pages())
+    }
+
+    fn mirror(&self) -> Watched<'_, Futex, NoTable> {
+        Watched::new(&self.notifiers, &self.futex, Self::range(), NoTable, true)
+    }
+
+    fn set(&self, there: u32) {
+        let change = Change::new(Self::range(), Event::Migrate);
+        let _under_way = self.notifiers.begin(&self.futex, &change).unwrap();
+        self.there.store(there, Ordering::Relaxed);
+    }
+
+    /// A look that remembers, if it may, as a snapshot does.
+    fn look(&self, mirror: &Watched<'_, Futex, NoTable>) {
+        let Some(collection) = mirror.try_collect() else { return };
+        if mirror.known().run(Self::range()).is_none() && self.there.load(Ordering::Relaxed) == 1 {
+            let mut room = [Segment::UNUSED; 1];
+            let mut seen = Segments::new(&mut room);
+            seen.start(Self::range().first());
+            let view = PageView::Ram { write: true, order: Geometry::K4 };
+            assert!(seen.push_to(Self::range().end_page(), view).is_ok());
+            if let Some(mut table) = Collection::lock(collection) {
+                table.remember(seen.as_slice());
+            }
+        }
+    }
+
+    fn assert_true(&self, mirror: &Watched<'_, Futex, NoTable>) {
+        let known = mirror.known().run(Self::range()).is_some();
+        assert!(!known || self.there.load(Ordering::Relaxed) == 1, "it is known, and not true");
+    }
+}
+
+#[test]
+fn what_is_known_is_never_what_was_before_a_change() {
+    ::loom::model(|| {
+        let chunk = Chunk::new();
+        let mirror = chunk.mirror();
+        let other = chunk.clone();
+        let changer = thread::spawn(move || other.set(0));
+        chunk.look(&mirror);
+        changer.join().unwrap();
+        chunk.assert_true(&mirror);
+        chunk.set(1);
+        chunk.look(&mirror);
+        assert!(mirror.known().run(Chunk::range()).is_some(), "nothing is under way any more");
+    });
+}
+
+#[test]
+fn what_is_known_is_not_installed_once_it_changes() {
+    ::loom::model(|| {
+        let chunk = Chunk::new();
+        let mirror = chunk.mirror();
+        chunk.look(&mirror);
+        let other = chunk.clone();
+        let changer = thread::spawn(move || other.set(0));
+        // A round of populate that goes by what is known.
+        let collection = mirror.collect();
+        let known = mirror.known().run(Chunk::range()).is_some();
+        let installed = collection.lock();
+        if installed.is_some() && known {
+            // Whoever changes pages waits for this lock first.
+            assert_eq!(chunk.there.load(Ordering::Relaxed), 1);
+        }
+        drop(installed);
+        changer.join().unwrap();
+        chunk.assert_true(&mirror);
     });
 }

@@ -62,6 +62,8 @@
 
 mod exclusive;
 mod gone;
+mod known;
+mod look;
 #[cfg(all(test, loom))]
 mod loom;
 mod range_fault;
@@ -72,18 +74,20 @@ mod watched;
 
 use core::fmt;
 
-use uhmm_addr::{PageCount, VaRange};
+use uhmm_addr::VaRange;
 
 pub use exclusive::{Exclusive, Terms};
 pub use request::{Patience, RangeFaultError, Request, Retry, Want};
 pub use userptr::{Changed, UserPages};
-pub use view::{PageView, Pages, Unusable};
+pub use view::{PageView, Pages, Segment, Unusable};
 pub use watched::{Checked, Collection};
 
 use crate::fault::Scratch;
 use crate::host::Host;
 use crate::mm::Mm;
 use crate::notifier::Event;
+use look::{Beside, behind};
+use view::Segments;
 use watched::Watched;
 
 /// A device's copy of the page table, as its driver keeps it.
@@ -113,7 +117,8 @@ impl<H: Host> Mm<H> {
     /// A mirror of the pages of `range`, with a table that says nothing yet. The pages are to be managed until they are
     /// unmapped, as this space is told of then.
     pub fn mirror<T: MirrorTable>(&self, range: VaRange, table: T) -> Mirror<'_, H, T> {
-        Mirror { mm: self, watched: Watched::new(self.notifiers(), &self.host, range, table) }
+        let remember = self.host.hears();
+        Mirror { mm: self, watched: Watched::new(self.notifiers(), &self.host, range, table, remember) }
     }
 }
 
@@ -124,7 +129,8 @@ impl<H: Host, T> Mirror<'_, H, T> {
     }
 
     /// Makes the pages of `range` what `request` asks, and has `install` put them into the table, batch by batch: as
-    /// many at a time as `room` has views for, and never across the border of a chunk. Pages that change meanwhile are
+    /// many pages at a time as `room` has segments for, at most 32 MiB of small pages and 1 GiB of huge ones, and where
+    /// some have to be brought those of one chunk. Pages that change meanwhile are
     /// looked at again, as long as `patience` says; what is installed is true at that moment, and is invalidated
     /// before it is not.
     ///
@@ -141,34 +147,37 @@ impl<H: Host, T> Mirror<'_, H, T> {
         &self,
         range: VaRange,
         request: &Request<'_>,
-        room: &mut [PageView],
+        room: &mut [Segment],
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
         mut install: impl FnMut(&mut T, Pages<'_>),
     ) -> Result<(), RangeFaultError> {
-        assert!(!room.is_empty(), "pages are told of in views");
+        assert!(!room.is_empty(), "pages are told of in segments");
         if !self.range().encloses(range) || !self.mm.table().covers(range) {
             return Err(RangeFaultError::Outside(range));
         }
-        self.mm.permit(range, &self.watched.gone(), request)?;
-        for chunk in range.chunks() {
-            let mut rest = Some(chunk);
-            while let Some(left) = rest {
-                let batch = left.take(PageCount::new(room.len()));
-                let request = request.skip(batch.first().since(range.first()).get());
-                let views = &mut room[..batch.pages().get()];
-                self.populate_batch(batch, &request, views, scratch, patience, &mut install)?;
-                rest = left.skip(batch.pages());
-            }
+        self.mm.permit(range, &self.beside(), request)?;
+        let mut seen = Segments::new(room);
+        let mut rest = Some(range);
+        while let Some(left) = rest {
+            let request = request.skip(left.first().since(range.first()).get());
+            self.populate_batch(left, &request, &mut seen, scratch, patience, &mut install)?;
+            rest = behind(range, seen.end());
         }
         Ok(())
     }
 
+    /// What is known of the pages now, besides what is found.
+    fn beside(&self) -> Beside<'_> {
+        Beside { gone: self.watched.gone(), known: Some(self.watched.known()) }
+    }
+
+    /// Pages at the front of `left`, those that `seen` tells of in the end.
     fn populate_batch(
         &self,
-        batch: VaRange,
+        left: VaRange,
         request: &Request<'_>,
-        views: &mut [PageView],
+        seen: &mut Segments<'_>,
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
         install: &mut impl FnMut(&mut T, Pages<'_>),
@@ -179,16 +188,18 @@ impl<H: Host, T> Mirror<'_, H, T> {
                 return Err(RangeFaultError::Closed);
             }
             let collection = self.watched.collect();
-            let gone = *collection.gone();
-            self.mm.fault_chunk(batch, &gone, request, views, scratch, patience)?;
+            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()) };
+            self.mm.fault_part(left, &beside, request, seen, scratch, patience)?;
             if let Some(mut table) = collection.lock() {
-                install(&mut table, Pages::new(batch, views));
+                table.remember(seen.as_slice());
+                install(&mut table, seen.pages());
                 return Ok(());
             }
             if !patience.again(Retry::Changed) {
                 return Err(RangeFaultError::TimedOut(Retry::Changed));
             }
-            self.mm.permit(batch, &self.watched.gone(), request)?;
+            let looked_at = left.take(seen.end().since(left.first()));
+            self.mm.permit(looked_at, &self.beside(), request)?;
         }
     }
 
@@ -205,10 +216,36 @@ impl<H: Host, T> Mirror<'_, H, T> {
         request: &Request<'_>,
         views: &mut [PageView],
     ) -> Result<(), RangeFaultError> {
+        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+        self.segments(range, request, |segment| segment.copy_to(range.first(), views))
+    }
+
+    /// The same, told in segments, with no lock held; see [`Mm::segments`].
+    ///
+    /// # Errors
+    /// [`RangeFaultError::Outside`].
+    pub fn segments(
+        &self,
+        range: VaRange,
+        request: &Request<'_>,
+        mut found: impl FnMut(Segment),
+    ) -> Result<(), RangeFaultError> {
         if !self.range().encloses(range) {
             return Err(RangeFaultError::Outside(range));
         }
-        self.mm.snapshot_beside(range, &self.watched.gone(), request, views)
+        self.mm.check_covered(range)?;
+        // What is learned is remembered, unless pages change meanwhile.
+        let mut collection = self.watched.try_collect();
+        self.mm.each_look(range, &self.beside(), request, |seen| {
+            if seen.as_slice().iter().any(|segment| self.watched.known().is_news(segment)) {
+                if let Some(mut table) = collection.take().and_then(Collection::lock) {
+                    table.remember(seen.as_slice());
+                }
+                collection = self.watched.try_collect();
+            }
+            seen.as_slice().iter().copied().for_each(&mut found);
+        });
+        Ok(())
     }
 
     /// Waits until no change of the mirror's pages is under way, and begins to collect: for drivers with a loop of their

@@ -2,62 +2,23 @@
 //!
 //! What    [`Mm::snapshot`] looks; [`Mm::range_fault`] looks, has pages brought as a touch of them would, and looks
 //!         again, until all are as asked.
-//! How     a page's word says whether it is away, the host's page map whether it is there and how, the mapping
-//!         whether it may be written. A page counts as there only where all three say so.
-//! Locks   the layout lock for reading, around the look at a few chunks; none while pages are brought. What
-//!         allocates (the list of mappings may) is asked before.
-//! Races   a look is old when it ends. It is *consistent*: no change of the program's own had begun, unread, when it
-//!         ended ([`Host::is_changing`]); a page that moves says so in its word. Whoever keeps what he saw has a
-//!         [`Mirror`](super::Mirror) for it.
+//! Locks   those of a look ([`look`](super::look)); none while pages are brought.
+//! Races   as those of a look. Whoever keeps what he saw has a [`Mirror`](super::Mirror) for it.
 //! Fails   page by page, with the first page that cannot be as asked. What is forbidden is known before anything is
 //!         touched.
 
-use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange, Vpn};
+use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
 
-use super::gone::Gone;
+use super::look::{Beside, FOUND, NO_RIGHTS, behind};
 use super::request::{Patience, RangeFaultError, Request, Retry, Want};
-use super::view::{PageView, Unusable};
+use super::view::{PageView, Segment, Segments, Unusable};
 use crate::fault::{Access, Fault, Resolution, Scratch};
-use crate::host::{Host, Mapped, Rights};
+use crate::host::Host;
 use crate::mm::Mm;
-use crate::pagetable::{PageWord, State};
+use crate::pagetable::State;
 
-/// Mappings, or stretches of pages, that are asked for at a time.
-const FOUND: usize = 16;
-/// Pages that a snapshot looks at under one hold of the lock: long enough that the calls to the host do not count, short
-/// enough that nobody who reads events waits for it.
-const SPAN: usize = 16 * CHUNK_PAGES;
-
-const NO_RIGHTS: Rights =
-    Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false, file: false };
-const NOT_MAPPED: Mapped =
-    Mapped { range: VaRange::page(Vpn::new(0)), write: false, huge: false, zero: false, file: false };
-
-/// What is left of `range` from `end` on.
-fn behind(range: VaRange, end: Vpn) -> Option<VaRange> {
-    VaRange::of_pages(end, range.end_page().since(end))
-}
-
-/// The views of `part` among those of pages from `first` on.
-fn part_of(views: &mut [PageView], first: Vpn, part: VaRange) -> &mut [PageView] {
-    let at = part.first().since(first).get();
-    &mut views[at..at + part.pages().get()]
-}
-
-/// Says `view` of the pages from `from` to before `to`, if there are any; the views begin at `first`.
-fn fill_between(views: &mut [PageView], first: Vpn, from: Vpn, to: Vpn, view: PageView) {
-    if let Some(gap) = VaRange::of_pages(from, to.since(from)) {
-        part_of(views, first, gap).fill(view);
-    }
-}
-
-/// What a look at the pages of a mapping came to.
-struct Seen {
-    /// No change was under way.
-    settled: bool,
-    /// Some are part of a huge mapping.
-    huge: bool,
-}
+/// Segments that a snapshot has room for between two looks.
+const ROOM: usize = 64;
 
 impl<H: Host> Mm<H> {
     /// What the pages of `range` are, into `views`, one for each page. Brings nothing, waits for no page, and may call
@@ -75,28 +36,51 @@ impl<H: Host> Mm<H> {
         request: &Request<'_>,
         views: &mut [PageView],
     ) -> Result<(), RangeFaultError> {
-        self.snapshot_beside(range, &Gone::NOTHING, request, views)
+        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+        self.segments(range, request, |segment| segment.copy_to(range.first(), views))
     }
 
-    pub(super) fn snapshot_beside(
+    /// The same, told in segments: of pages that are alike, no more than one has to be looked at. `found` is called with
+    /// no lock held.
+    ///
+    /// # Errors
+    /// [`RangeFaultError::Outside`].
+    pub fn segments(
         &self,
         range: VaRange,
-        gone: &Gone,
         request: &Request<'_>,
-        views: &mut [PageView],
+        mut found: impl FnMut(Segment),
     ) -> Result<(), RangeFaultError> {
-        self.check_size(range, views)?;
+        self.check_covered(range)?;
+        self.each_look(range, &Beside::NOTHING, request, |seen| {
+            seen.as_slice().iter().copied().for_each(&mut found);
+        });
+        Ok(())
+    }
+
+    /// Calls `found` for what one look after the other finds in `range`.
+    pub(super) fn each_look(
+        &self,
+        range: VaRange,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        mut found: impl FnMut(&Segments<'_>),
+    ) {
+        let mut room = [Segment::UNUSED; ROOM];
+        let mut seen = Segments::new(&mut room);
         let mut rest = Some(range);
         while let Some(left) = rest {
-            let part = left.take(PageCount::new(SPAN - left.first().in_chunk()));
-            let views = part_of(views, range.first(), part);
-            if !self.look(part, gone, request, views) {
-                // What was seen may be over: a snapshot does not wait for the event.
-                views.iter_mut().filter(|view| view.is_valid()).for_each(|view| *view = PageView::Absent);
-            }
-            rest = left.skip(part.pages());
+            self.look_once(beside.span(left), beside, request, &mut seen);
+            found(&seen);
+            rest = behind(range, seen.end());
         }
-        Ok(())
+    }
+
+    /// A look of which nothing is asked: it does not wait until what is under way is over.
+    fn look_once(&self, part: VaRange, beside: &Beside<'_>, request: &Request<'_>, seen: &mut Segments<'_>) {
+        if !self.look(part, beside, request, seen) {
+            seen.doubt();
+        }
     }
 
     /// Makes the pages of `range` what `request` asks, and tells in `views`, one for each page, what they are.
@@ -117,32 +101,41 @@ impl<H: Host> Mm<H> {
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
     ) -> Result<(), RangeFaultError> {
-        self.check_size(range, views)?;
-        self.permit(range, &Gone::NOTHING, request)?;
-        for part in range.chunks() {
-            let request = request.skip(part.first().since(range.first()).get());
+        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+        self.check_covered(range)?;
+        self.permit(range, &Beside::NOTHING, request)?;
+        let mut room = [Segment::UNUSED; ROOM];
+        let mut seen = Segments::new(&mut room);
+        let mut rest = Some(range);
+        while let Some(left) = rest {
+            let request = request.skip(left.first().since(range.first()).get());
             patience.begin();
-            let views = part_of(views, range.first(), part);
-            self.fault_chunk(part, &Gone::NOTHING, &request, views, scratch, patience)?;
+            self.fault_part(left, &Beside::NOTHING, &request, &mut seen, scratch, patience)?;
+            seen.as_slice().iter().for_each(|segment| segment.copy_to(range.first(), views));
+            rest = behind(range, seen.end());
         }
         Ok(())
     }
 
-    /// The same for pages of one chunk, whose mappings were asked for permission, and patience has begun.
-    pub(super) fn fault_chunk(
+    /// The same for pages from the front of `part` on, as many as `seen` has segments for, and, where some must be brought,
+    /// to the end of their chunk at most: more may be more than there is room for. Permission was asked, and patience has
+    /// begun.
+    pub(super) fn fault_part(
         &self,
         part: VaRange,
-        gone: &Gone,
+        beside: &Beside<'_>,
         request: &Request<'_>,
-        views: &mut [PageView],
+        seen: &mut Segments<'_>,
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
     ) -> Result<(), RangeFaultError> {
+        let mut part = beside.span(part);
         if !request.asks() {
-            return self.snapshot_beside(part, gone, request, views);
+            self.look_once(part, beside, request, seen);
+            return Ok(());
         }
         let mut attempt = 0;
-        while let Some(why) = self.attempt(part, gone, request, views, attempt, scratch)? {
+        while let Some(why) = self.attempt(&mut part, beside, request, seen, attempt, scratch)? {
             if self.is_closed() {
                 return Err(RangeFaultError::Closed);
             }
@@ -151,13 +144,12 @@ impl<H: Host> Mm<H> {
                 return Err(RangeFaultError::TimedOut(why));
             }
             attempt += 1;
-            self.permit(part, gone, request)?;
+            self.permit(part, beside, request)?;
         }
         Ok(())
     }
 
-    fn check_size(&self, range: VaRange, views: &[PageView]) -> Result<(), RangeFaultError> {
-        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+    pub(super) fn check_covered(&self, range: VaRange) -> Result<(), RangeFaultError> {
         if self.table.covers(range) { Ok(()) } else { Err(RangeFaultError::Outside(range)) }
     }
 
@@ -165,7 +157,7 @@ impl<H: Host> Mm<H> {
     pub(super) fn permit(
         &self,
         range: VaRange,
-        gone: &Gone,
+        beside: &Beside<'_>,
         request: &Request<'_>,
     ) -> Result<(), RangeFaultError> {
         if !request.asks() {
@@ -178,7 +170,7 @@ impl<H: Host> Mm<H> {
             let n = (at..at + look_at).find(|n| request.want(*n) > most)?;
             Some(range.first().forward(PageCount::new(n)).base())
         };
-        for part in gone.iter().filter_map(|gone| gone.intersect(range)) {
+        for part in beside.gone.iter().filter_map(|gone| gone.intersect(range)) {
             if let Some(page) = beyond(part, Want::Nothing) {
                 return Err(RangeFaultError::Fault(page));
             }
@@ -209,154 +201,59 @@ impl<H: Host> Mm<H> {
         Ok(())
     }
 
-    // --- looking -------------------------------------------------------------------------------------------
-
-    /// What the pages of `part` are. `false` if it may be over: a change is under way.
-    pub(super) fn look(
-        &self,
-        part: VaRange,
-        gone: &Gone,
-        request: &Request<'_>,
-        views: &mut [PageView],
-    ) -> bool {
-        let (mut settled, mut huge) = (true, false);
-        let mut found = [NO_RIGHTS; FOUND];
-        let mut rest = Some(part);
-        while let Some(range) = rest {
-            let (count, end) = self.host.mappings(range, &mut found);
-            let mut gap = range.first();
-            for rights in found[..count].iter().filter(|rights| rights.read) {
-                fill_between(
-                    views,
-                    part.first(),
-                    gap,
-                    rights.range.first(),
-                    PageView::Error(Unusable::Unmapped),
-                );
-                let seen = self.look_at(*rights, request, part_of(views, part.first(), rights.range));
-                (settled, huge) = (settled & seen.settled, huge | seen.huge);
-                gap = rights.range.end_page();
-            }
-            fill_between(views, part.first(), gap, end, PageView::Error(Unusable::Unmapped));
-            rest = behind(part, end);
-        }
-        for range in gone.iter().filter_map(|gone| gone.intersect(part)) {
-            part_of(views, part.first(), range).fill(PageView::Error(Unusable::Unmapped));
-        }
-        if huge {
-            for chunk in part.chunks() {
-                keep_huge_whole(part_of(views, part.first(), chunk));
-            }
-        }
-        settled
-    }
-
-    /// The same for the pages of one mapping.
-    fn look_at(&self, rights: Rights, request: &Request<'_>, views: &mut [PageView]) -> Seen {
-        let _layout = self.layout.read(&self.host);
-        let first = rights.range.first();
-        // Where the first store would replace them.
-        let files = rights.file && !rights.shared;
-        let mut huge = false;
-        let mut found = [NOT_MAPPED; FOUND];
-        let mut rest = Some(rights.range);
-        while let Some(part) = rest {
-            let (count, end) = self.host.mapped(part, files, &mut found);
-            let mut gap = part.first();
-            for mapped in &found[..count] {
-                fill_between(views, first, gap, mapped.range.first(), PageView::Absent);
-                let write = rights.write && mapped.write && !mapped.file;
-                let view = match mapped.huge {
-                    true => PageView::Ram { write, order: Geometry::M2 },
-                    false if mapped.zero => PageView::Zeros,
-                    false => PageView::Ram { write, order: Geometry::K4 },
-                };
-                part_of(views, first, mapped.range).fill(view);
-                huge |= mapped.huge;
-                gap = mapped.range.end_page();
-            }
-            fill_between(views, first, gap, end, PageView::Absent);
-            rest = behind(part, end);
-        }
-        // Words after the page map: a page that leaves in between says so.
-        for part in self.table.used(rights.range) {
-            for (word, view) in self.table.words(part).zip(part_of(views, rights.range.first(), part)) {
-                if word == PageWord::EMPTY {
-                    continue;
-                }
-                *view = match word.state() {
-                    // Given up, and there: the kernel is yet to take it away.
-                    State::Empty | State::Resident if word.is_discarded() => PageView::Absent,
-                    State::Empty | State::Resident => continue,
-                    State::Poisoned => PageView::Error(Unusable::Poisoned),
-                    // What could be mapped in place is brought there by being asked for; in a mapping that may not be
-                    // written it cannot.
-                    State::Device if rights.write && self.is_mappable(word) => PageView::Absent,
-                    State::Device => match word.pfn() {
-                        Some(pfn) if request.is_own(self.pagemaps.of(pfn)) => {
-                            PageView::Device { pfn, write: rights.write }
-                        }
-                        _ => PageView::Absent,
-                    },
-                    State::Exclusive => match word.slot() {
-                        Some(slot) if rights.write && request.is_held(self.holder_of(slot)) => {
-                            PageView::Exclusive { at: self.slot_address(slot) }
-                        }
-                        _ => PageView::Absent,
-                    },
-                    State::Coherent => match (word.pfn(), *view) {
-                        (Some(pfn), PageView::Ram { write, .. }) => {
-                            PageView::Coherent { owner: self.pagemaps.of(pfn).owner(), pfn, write }
-                        }
-                        _ => PageView::Absent,
-                    },
-                    State::Staged | State::Moving => PageView::Absent,
-                };
-            }
-        }
-        Seen { settled: !self.host.is_changing(), huge }
-    }
-
     // --- bringing ------------------------------------------------------------------------------------------
 
-    /// Looks, and does something about the pages that are not as asked. `None` if all are; otherwise it is to be
-    /// tried again.
+    /// Looks, and does something about the pages that are not as asked. `None` if all are that `part` is then;
+    /// otherwise it is to be tried again with that.
     fn attempt(
         &self,
-        part: VaRange,
-        gone: &Gone,
+        part: &mut VaRange,
+        beside: &Beside<'_>,
         request: &Request<'_>,
-        views: &mut [PageView],
+        seen: &mut Segments<'_>,
         attempt: u32,
         scratch: &mut Scratch,
     ) -> Result<Option<Retry>, RangeFaultError> {
-        if !self.look(part, gone, request, views) {
+        if !self.look(*part, beside, request, seen) {
             return Ok(Some(Retry::Pending));
         }
+        *part = part.take(seen.end().since(part.first()));
+        let first = part.first();
+        let Some((page, ..)) = first_unmet(*part, seen, request) else { return Ok(None) };
+        // Those before it are as asked, and it is somebody else's turn to bring the others.
+        if page.chunk_base() > first {
+            seen.truncate(page.chunk_base());
+            *part = part.take(page.chunk_base().since(first));
+            return Ok(None);
+        }
+        seen.truncate(first.forward(PageCount::new(CHUNK_PAGES - first.in_chunk())));
+        *part = part.take(seen.end().since(first));
         let mut outcome = None;
-        let mut n = 0;
-        while n < views.len() {
-            let want = request.want(n);
-            if is_met(views[n], want) {
-                n += 1;
-                continue;
-            }
-            let page = part.first().forward(PageCount::new(n));
-            match views[n].error() {
+        let mut rest = Some(*part);
+        while let Some(left) = rest {
+            let Some((page, view, want)) =
+                first_unmet(left, seen, &request.skip(left.first().since(first).get()))
+            else {
+                break;
+            };
+            match view.error() {
                 Some(Unusable::Poisoned) => return Err(RangeFaultError::Poisoned(page.base())),
                 Some(Unusable::Unmapped) => return Err(RangeFaultError::Fault(page.base())),
                 None => {}
             }
             // Neighbours that lack the same.
-            let alike = |m: &usize| views[*m] == views[n] && request.want(*m) == want;
-            let run = 1 + (n + 1..views.len()).take_while(alike).count();
-            let range = VaRange::page(page).grow(PageCount::new(run));
-            let why = self.bring(range, views[n], want, attempt, scratch)?;
+            let Some(behind_it) = behind(*part, page) else { break };
+            let alike = |(other, this): &(Vpn, PageView)| {
+                *this == view && request.want(other.since(first).get()) == want
+            };
+            let pages = seen.pages().iter().skip(page.since(first).get());
+            let range = behind_it.take(PageCount::new(pages.take_while(alike).count()));
+            let why = self.bring(range, view, want, attempt, scratch)?;
             if matches!(why, Retry::Pending | Retry::Starved) {
                 return Ok(Some(why));
             }
             outcome = Some(why);
-            n += run;
+            rest = behind(*part, range.end_page());
         }
         Ok(outcome)
     }
@@ -411,7 +308,7 @@ impl<H: Host> Mm<H> {
     }
 }
 
-fn is_met(view: PageView, want: Want) -> bool {
+const fn is_met(view: PageView, want: Want) -> bool {
     match want {
         Want::Nothing => true,
         Want::Read => view.is_valid(),
@@ -419,17 +316,17 @@ fn is_met(view: PageView, want: Want) -> bool {
     }
 }
 
-/// A huge mapping is reported as one only where a driver may take it over as one: all of the chunk was asked about,
-/// and all of it is there.
-fn keep_huge_whole(views: &mut [PageView]) {
-    let first = views[0];
-    if first.order() == Geometry::M2 && views.len() == CHUNK_PAGES && views.iter().all(|view| *view == first)
-    {
-        return;
-    }
-    for view in views {
-        if let PageView::Ram { order, .. } = view {
-            *order = Geometry::K4;
+/// The first page of `range`, all of which was seen, that is not as is asked of pages from its first one on; what it is, and
+/// what is asked of it.
+fn first_unmet(range: VaRange, seen: &Segments<'_>, request: &Request<'_>) -> Option<(Vpn, PageView, Want)> {
+    for segment in seen.as_slice().iter().filter_map(|segment| segment.part(range)) {
+        let looked_at = if request.is_uniform() { 1 } else { segment.range().pages().get() };
+        for (page, view) in segment.iter().take(looked_at) {
+            let want = request.want(page.since(range.first()).get());
+            if !is_met(view, want) {
+                return Some((page, view, want));
+            }
         }
     }
+    None
 }

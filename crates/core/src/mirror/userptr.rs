@@ -4,7 +4,7 @@
 //!         has prepared his work with them, whether that is still true, and keeps it true until the work is handed on.
 //! Why     a driver that maps a user's buffer for one job builds its command first, which takes long, and needs no
 //!         table for it. He may only submit it if nothing changed.
-//! Owns    the views are the caller's; the sequence is the mirror's.
+//! Owns    the segments are the caller's; the sequence is the mirror's.
 //! Locks   none in between; the mirror's from [`UserPages::done`] until its guard is dropped.
 //! Races   as those of a [`Collection`], which this is.
 //! Fails   as [`Mirror::populate`]; a range that is larger than what may be resident never comes to rest, and patience
@@ -12,10 +12,13 @@
 
 use core::fmt;
 
+use alloc::vec::Vec;
+
 use uhmm_addr::VaRange;
 
+use super::look::{Beside, behind};
 use super::request::{Patience, RangeFaultError, Request, Retry};
-use super::view::{PageView, Pages};
+use super::view::{Pages, Segment, Segments};
 use super::{Checked, Collection, Mirror};
 use crate::fault::Scratch;
 use crate::host::Host;
@@ -60,46 +63,49 @@ impl<'a, T> UserPages<'a, T> {
 }
 
 impl<H: Host, T> Mirror<'_, H, T> {
-    /// Makes the pages of `range` what `request` asks, all of them at one time, and tells in `views`, one for each page,
-    /// what they are.
+    /// Makes the pages of `range` what `request` asks, all of them at one time, and tells in `segments`, which are made
+    /// anew, what they are. `room` is for those that are looked at together.
     ///
     /// As with [`Mirror::populate`] the caller holds no lock.
     ///
     /// # Errors
-    /// See [`RangeFaultError`].
+    /// See [`RangeFaultError`]. The segments are then worth nothing.
     ///
     /// # Panics
-    /// If there are more or fewer views than pages.
+    /// If there is no room at all.
     pub fn user_pages<'a>(
         &'a self,
         range: VaRange,
         request: &Request<'_>,
-        views: &'a mut [PageView],
+        room: &mut [Segment],
+        segments: &'a mut Vec<Segment>,
         scratch: &mut Scratch,
         patience: &mut dyn Patience,
     ) -> Result<UserPages<'a, T>, RangeFaultError> {
-        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+        assert!(!room.is_empty(), "pages are told of in segments");
         if !self.range().encloses(range) || !self.mm.table().covers(range) {
             return Err(RangeFaultError::Outside(range));
         }
         // To bring the pages takes as long as it takes; having them all at one time does not.
         let mut bringing = true;
+        let mut seen = Segments::new(room);
         loop {
             let collection = self.watched.collect();
-            let gone = *collection.gone();
-            self.mm.permit(range, &gone, request)?;
-            let mut rest = &mut *views;
-            for chunk in range.chunks() {
-                let (part, behind) = rest.split_at_mut(chunk.pages().get());
-                rest = behind;
+            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()) };
+            self.mm.permit(range, &beside, request)?;
+            segments.clear();
+            let mut rest = Some(range);
+            while let Some(left) = rest {
                 if bringing {
                     patience.begin();
                 }
-                let request = request.skip(chunk.first().since(range.first()).get());
-                self.mm.fault_chunk(chunk, &gone, &request, part, scratch, patience)?;
+                let request = request.skip(left.first().since(range.first()).get());
+                self.mm.fault_part(left, &beside, &request, &mut seen, scratch, patience)?;
+                segments.extend_from_slice(seen.as_slice());
+                rest = behind(range, seen.end());
             }
             if !collection.is_stale() {
-                return Ok(UserPages { pages: Pages::new(range, views), collection });
+                return Ok(UserPages { pages: Pages::new(segments), collection });
             }
             if self.mm.is_closed() {
                 return Err(RangeFaultError::Closed);

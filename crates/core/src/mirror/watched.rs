@@ -18,6 +18,8 @@ use uhmm_addr::VaRange;
 
 use super::MirrorTable;
 use super::gone::Gone;
+use super::known::Known;
+use super::view::Segment;
 use crate::frame::Holder;
 use crate::notifier::{Change, Event, Mark, Notifiers, Subscriber, Subscription, Ticket, WouldBlock};
 use crate::sync::Park;
@@ -30,6 +32,8 @@ struct Inside<T> {
 
 struct Shared<T> {
     range: VaRange,
+    /// Changed under the lock of what is inside.
+    known: Known,
     inside: Locked<Inside<T>>,
 }
 
@@ -42,6 +46,7 @@ impl<T: MirrorTable> Subscriber for Shared<T> {
             self.inside.try_lock(mark.park()).ok_or(WouldBlock)?
         };
         mark.set();
+        self.known.forget(range);
         if change.event == Event::Unmap {
             inside.gone.add(range);
         }
@@ -59,9 +64,16 @@ pub(super) struct Watched<'n, P: Park, T> {
 }
 
 impl<'n, P: Park, T: MirrorTable> Watched<'n, P, T> {
-    pub(super) fn new(notifiers: &'n Notifiers, park: &'n P, range: VaRange, table: T) -> Self {
+    /// If not `remember`, nothing is kept that was found of the pages: nobody is told of all their changes.
+    pub(super) fn new(
+        notifiers: &'n Notifiers,
+        park: &'n P,
+        range: VaRange,
+        table: T,
+        remember: bool,
+    ) -> Self {
         let inside = Locked::new(Inside { table, gone: Gone::NOTHING });
-        let shared = Arc::new(Shared { range, inside });
+        let shared = Arc::new(Shared { range, known: Known::new(range, remember), inside });
         Self { subscription: notifiers.subscribe(park, range, shared.clone()), shared, park }
     }
 }
@@ -78,9 +90,22 @@ impl<'n, P: Park, T> Watched<'n, P, T> {
 
     /// Waits until no change of the pages is under way, and begins to collect.
     pub(super) fn collect(&self) -> Collection<'_, T> {
-        let ticket = self.subscription.read_begin();
+        self.collection(self.subscription.read_begin())
+    }
+
+    /// Begins to collect if no change of the pages is under way.
+    pub(super) fn try_collect(&self) -> Option<Collection<'_, T>> {
+        self.subscription.try_read_begin().map(|ticket| self.collection(ticket))
+    }
+
+    fn collection<'a>(&'a self, ticket: Ticket<'a>) -> Collection<'a, T> {
         let gone = self.gone();
         Collection { ticket, shared: &self.shared, park: self.park, gone }
+    }
+
+    /// Which chunks are known to be in RAM.
+    pub(super) fn known(&self) -> &Known {
+        &self.shared.known
     }
 
     pub(super) fn gone(&self) -> Gone {
@@ -118,7 +143,7 @@ impl<'a, T> Collection<'a, T> {
     /// Takes the table's lock. `None` if pages changed since: what was collected is to be thrown away.
     pub fn lock(self) -> Option<Checked<'a, T>> {
         let inside = self.shared.inside.lock(self.park);
-        (!self.ticket.is_stale()).then_some(Checked { inside })
+        (!self.ticket.is_stale()).then_some(Checked { inside, known: &self.shared.known })
     }
 
     /// Whether pages are known to have changed, so that it is useless to go on. `false` says nothing.
@@ -148,6 +173,14 @@ impl<'a, T> Collection<'a, T> {
 /// ```
 pub struct Checked<'a, T> {
     inside: Held<'a, Inside<T>>,
+    known: &'a Known,
+}
+
+impl<T> Checked<'_, T> {
+    /// Remembers what was seen since the collection began.
+    pub(super) fn remember(&mut self, seen: &[Segment]) {
+        seen.iter().for_each(|segment| self.known.note(segment));
+    }
 }
 
 impl<T> fmt::Debug for Checked<'_, T> {

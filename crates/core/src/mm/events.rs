@@ -45,6 +45,7 @@ impl<H: Host> Mm<H> {
             }
             rest = VaRange::of_pages(end, part.end_page().since(end));
         }
+        self.count_change(range);
     }
 
     /// The mapping of `range` is gone.
@@ -52,6 +53,7 @@ impl<H: Host> Mm<H> {
         let _told = self.tell(range, Event::Unmap);
         self.note_change(layout, range);
         self.forget(layout, range, false);
+        self.count_change(range);
     }
 
     fn forget(&self, _layout: &WriteGuard<'_, H>, range: VaRange, hold: bool) {
@@ -82,6 +84,7 @@ impl<H: Host> Mm<H> {
     /// complete.
     pub fn remapped(&self, layout: &WriteGuard<'_, H>, from: VaRange, to: VirtAddr) {
         let _told = self.tell(from, Event::Unmap);
+        self.settle_moved_pins(from);
         self.note_change(layout, from);
         for part in self.table.used(from) {
             for page in part.iter() {
@@ -128,6 +131,8 @@ impl<H: Host> Mm<H> {
                 }
             }
         }
+        self.count_change(from);
+        self.count_change(VaRange::page(to.page()).grow(from.pages()));
     }
 
     // --- the fallback's own discards --------------------------------------------------------------------
@@ -165,6 +170,7 @@ impl<H: Host> Mm<H> {
     pub fn forked(&self, _layout: &WriteGuard<'_, H>, range: VaRange) {
         let _told = self.tell(range, Event::ProtectPage);
         self.let_go(range);
+        self.count_change(range);
     }
 
     /// The words of a page in the child of a fork, made from the parent's under the layout lock: `copy` is

@@ -198,6 +198,7 @@ impl<H: Host> Mm<H> {
 
     /// Keeps every page where it is until [`Mm::thaw`]: for a fork of which no event will tell.
     pub fn freeze(&self) {
+        self.count_change(self.table.range());
         core::mem::forget(self.lock_layout());
     }
 
@@ -209,17 +210,6 @@ impl<H: Host> Mm<H> {
     pub(crate) fn is_present(&self, page: Vpn) -> bool {
         let mut found = [VaRange::page(page)];
         self.host.present(VaRange::page(page), &mut found).0 > 0
-    }
-
-    /// Pins `range` in RAM, or lifts that: pinned pages are never moved out. Pages that are away stay away
-    /// until they are touched.
-    pub fn set_pinned(&self, range: VaRange, pinned: bool) {
-        for page in range.iter() {
-            let entry = self.table.entry(page);
-            while !entry.annotate(|word| word.with_pinned(pinned)) {
-                self.wait_in_flight(page);
-            }
-        }
     }
 
     /// Who is told before pages change.

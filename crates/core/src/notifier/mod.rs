@@ -18,6 +18,7 @@
 //! Fails   a change that may not block is refused by any subscriber that would have to ([`WouldBlock`]); those that
 //!         were told before it see an end without a change, which costs them a retry.
 
+mod index;
 mod tree;
 
 #[cfg(all(test, loom))]
@@ -33,6 +34,7 @@ use core::fmt;
 use uhmm_addr::{Pfn, VaRange};
 
 use crate::sync::{AtomicU32, AtomicU64, Gate, Ordering, Park};
+use index::Room;
 use tree::{Node, Tree};
 
 /// What is about to happen to a range (the kernel's `enum mmu_notifier_event`).
@@ -167,6 +169,8 @@ const ACTIVE: u64 = (1 << 24) - 1;
 /// In the state: one of them met a subscriber, or may have.
 const MET: u64 = 1 << 24;
 const GENERATION: u32 = 25;
+/// Subscriptions that may come between the moment that room is made for an index of all and its use.
+const SLACK: usize = 64;
 
 /// In the word of ends.
 const WAITED: u32 = 1;
@@ -231,6 +235,14 @@ impl Notifiers {
         let id = self.ids.fetch_add(1, Ordering::Relaxed);
         let entry = Arc::new(Entry { sequence: AtomicU64::new(0), subscriber });
         let node = Node::new(range, id, entry.clone());
+        let wanted = {
+            let _shared = self.gate.read(park);
+            // SAFETY: the gate is held for reading: the tree does not change.
+            unsafe { &*self.tree.get() }.wants_room()
+        };
+        // Others may subscribe before us; if there are more of them than this, the next one makes room again. What the
+        // room has in the end is dropped when the gate is open.
+        let mut room = wanted.map_or_else(Room::default, |intervals| Room::new(intervals + SLACK));
         let _alone = self.gate.write(park);
         // Which pages the changes under way are about is not known: they may be about these.
         let mut state = self.state.load(Ordering::Acquire);
@@ -243,7 +255,7 @@ impl Notifiers {
         let sequence = if state & ACTIVE > 0 { number(state) } else { number(state) - 2 };
         entry.sequence.store(sequence, Ordering::Relaxed);
         // SAFETY: the gate is held for writing.
-        unsafe { (*self.tree.get()).insert(node) };
+        unsafe { (*self.tree.get()).insert(node, &mut room) };
         Subscription { notifiers: self, park, range, id, entry }
     }
 
@@ -308,17 +320,19 @@ impl Notifiers {
 
     /// Waits until the changes that have this number are over.
     fn wait_out<P: Park + ?Sized>(&self, park: &P, sequence: u64) {
-        let under_way = || {
-            let state = self.state.load(Ordering::Acquire);
-            state & MET != 0 && number(state) == sequence
-        };
-        while under_way() {
+        while self.is_under_way(sequence) {
             // An end that does not see the flag was before this step, and is seen by the look after it.
             let seen = self.ends.fetch_or(WAITED, Ordering::AcqRel) | WAITED;
-            if under_way() {
+            if self.is_under_way(sequence) {
                 park.park(&self.ends, seen);
             }
         }
+    }
+
+    /// Whether the changes that have this number are not over yet.
+    fn is_under_way(&self, sequence: u64) -> bool {
+        let state = self.state.load(Ordering::Acquire);
+        state & MET != 0 && number(state) == sequence
     }
 }
 
@@ -373,6 +387,12 @@ impl<P: Park + ?Sized> Subscription<'_, P> {
         let sequence = self.entry.sequence.load(Ordering::Acquire);
         self.notifiers.wait_out(self.park, sequence);
         Ticket { entry: &self.entry, sequence }
+    }
+
+    /// Begins to collect, if no change of these pages is under way.
+    pub fn try_read_begin(&self) -> Option<Ticket<'_>> {
+        let sequence = self.entry.sequence.load(Ordering::Acquire);
+        (!self.notifiers.is_under_way(sequence)).then_some(Ticket { entry: &self.entry, sequence })
     }
 }
 

@@ -9,6 +9,8 @@
 use alloc::boxed::Box;
 use core::cmp::Ordering;
 
+use super::index::{Index, Room};
+
 use uhmm_addr::{VaRange, Vpn};
 
 /// An interval in the tree, or about to be.
@@ -30,6 +32,8 @@ type Link<T> = Option<Box<Node<T>>>;
 #[derive(Debug)]
 pub(super) struct Tree<T> {
     root: Link<T>,
+    len: usize,
+    index: Index,
 }
 
 impl<T> Node<T> {
@@ -73,12 +77,24 @@ impl<T> Node<T> {
 
 impl<T> Tree<T> {
     pub(super) const fn new() -> Self {
-        Self { root: None }
+        Self { root: None, len: 0, index: Index::new() }
     }
 
-    pub(super) fn insert(&mut self, node: Box<Node<T>>) {
+    /// Puts a node in. `room` is for an index of all intervals, one more than [`Tree::wants_room`] said, if it did.
+    pub(super) fn insert(&mut self, node: Box<Node<T>>, room: &mut Room) {
+        let range = node.range;
         let (below, above) = split(self.root.take(), node.range.first(), node.id);
         self.root = merge(merge(below, Some(node)), above);
+        self.len += 1;
+        let root = &self.root;
+        if !self.index.is_full() || !self.index.rewrite(self.len, room, |f| each(root, f)) {
+            self.index.add(range);
+        }
+    }
+
+    /// For how many intervals the next insertion wants room, if it does.
+    pub(super) fn wants_room(&self) -> Option<usize> {
+        self.index.is_full().then_some(self.len)
     }
 
     /// Takes the interval that begins at `first` and is called `id` out.
@@ -86,14 +102,26 @@ impl<T> Tree<T> {
         let (below, rest) = split(self.root.take(), first, id);
         let (taken, above) = split(rest, first, id + 1);
         self.root = merge(below, above);
+        self.len -= usize::from(taken.is_some());
         taken
     }
 
     /// Calls `found` for every interval that overlaps `range`, from the first on.
     pub(super) fn overlapping<'t>(&'t self, range: VaRange, mut found: impl FnMut(VaRange, &'t T)) {
-        if let Some(root) = &self.root {
+        if let Some(root) = &self.root
+            && self.index.may_overlap(range)
+        {
             root.visit(range, &mut found);
         }
+    }
+}
+
+/// Every interval, in order of their first pages.
+fn each<T>(link: &Link<T>, f: &mut dyn FnMut(VaRange)) {
+    if let Some(node) = link {
+        each(&node.left, f);
+        f(node.range);
+        each(&node.right, f);
     }
 }
 
@@ -162,11 +190,23 @@ mod tests {
                 assert_eq!(tree.remove(range.first(), id).map(|node| node.value), Some(id));
                 assert!(tree.remove(range.first(), id).is_none());
             } else {
-                let range = pages(random(500) as usize, 1 + random(40) as usize);
-                tree.insert(Node::new(range, id, id));
+                let range = pages(random(50_000) as usize, 1 + random(40) as usize);
+                // Now and then there is too little room, or none.
+                let mut room = match random(3) {
+                    0 => Room::default(),
+                    _ => Room::new(tree.wants_room().map_or(0, |len| len + 1)),
+                };
+                tree.insert(Node::new(range, id, id), &mut room);
                 list.push((range, id));
             }
-            let asked = pages(random(500) as usize, 1 + random(60) as usize);
+            // Around one that was put in just now, or anywhere.
+            let near = list.last().map_or(0, |(range, _): &(VaRange, u64)| range.first().get());
+            let from = if random(2) == 0 {
+                near.saturating_sub(random(40) as usize)
+            } else {
+                random(50_000) as usize
+            };
+            let asked = pages(from, 1 + random(60) as usize);
             let mut expected: Vec<u64> = list
                 .iter()
                 .filter(|(range, _)| range.intersect(asked).is_some())
@@ -183,7 +223,10 @@ mod tests {
             link.as_ref().map_or(0, |node| 1 + depth(&node.left).max(depth(&node.right)))
         }
         let mut tree = Tree::new();
-        (0..10_000).for_each(|id| tree.insert(Node::new(pages(8 * id as usize, 8), id, id)));
+        (0..10_000).for_each(|id| {
+            let mut room = Room::new(id as usize + 1);
+            tree.insert(Node::new(pages(8 * id as usize, 8), id, id), &mut room);
+        });
         assert!(depth(&tree.root) < 50, "{}", depth(&tree.root));
         assert_eq!(found(&tree, pages(80_000, 100)), []);
         assert_eq!(found(&tree, pages(79, 2)), [9, 10]);

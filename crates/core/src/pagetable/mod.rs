@@ -52,6 +52,10 @@ impl fmt::Debug for PageTable {
     }
 }
 
+fn load(word: &AtomicU64) -> PageWord {
+    PageWord::from_raw(word.load(Ordering::Acquire))
+}
+
 impl PageTable {
     /// A table over memory that the caller provides: reserved address space, private or shared between
     /// processes, whose bytes are zero where nothing was stored yet.
@@ -120,13 +124,37 @@ impl PageTable {
     /// # Panics
     /// If the table does not cover the range.
     pub fn words(&self, range: VaRange) -> impl Iterator<Item = PageWord> {
+        self.atomics(range).iter().map(load)
+    }
+
+    /// The first page of `range` whose word is not that of a page in RAM ([`PageWord::is_at_home`]), and the word. Looks
+    /// as [`PageTable::words`] does.
+    ///
+    /// # Panics
+    /// If the table does not cover the range.
+    pub fn first_away(&self, range: VaRange) -> Option<(Vpn, PageWord)> {
+        // Words that are looked at in one step: those of pages that are all at home are most of what is looked at.
+        const STEP: usize = 8;
+        for (n, words) in self.atomics(range).chunks(STEP).enumerate() {
+            let all = words.iter().fold(0, |all, word| all | load(word).raw());
+            if PageWord::from_raw(all).is_at_home() {
+                continue;
+            }
+            // What was away may be back by now.
+            let away = words.iter().map(load).enumerate().find(|(_, word)| !word.is_at_home());
+            if let Some((at, word)) = away {
+                return Some((range.first().forward(PageCount::new(n * STEP + at)), word));
+            }
+        }
+        None
+    }
+
+    fn atomics(&self, range: VaRange) -> &[AtomicU64] {
         assert!(self.covers(range), "the pages lie outside of the page table");
         let first = range.first().since(self.first).get();
         // SAFETY: the words of the range are inside the array, as was just looked at, which lives as long as `self` by
         // the constructors' contracts.
-        let words =
-            unsafe { core::slice::from_raw_parts(self.words.as_ptr().add(first), range.pages().get()) };
-        words.iter().map(|word| PageWord::from_raw(word.load(Ordering::Acquire)))
+        unsafe { core::slice::from_raw_parts(self.words.as_ptr().add(first), range.pages().get()) }
     }
 
     fn used_bit(&self, chunk: usize) -> (&AtomicU64, u64) {

@@ -173,6 +173,26 @@ fn a_table_over_foreign_memory() {
 }
 
 #[test]
+fn the_first_page_away_is_found_wherever_it_is() {
+    let table = table(2);
+    let range = pages(FIRST + 87, 300);
+    for page in range.iter().step_by(3) {
+        table.entry(page).store(PageWord::RESIDENT.with_pinned(true).hotter());
+    }
+    assert_eq!(table.first_away(range), None);
+    for away in [0, 1, 7, 8, 9, 150, 299] {
+        let page = range.first().forward(PageCount::new(away));
+        for word in [PageWord::POISONED, PageWord::EMPTY.with_discarded(), PageWord::filling()] {
+            table.entry(page).store(word);
+            assert_eq!(table.first_away(range), Some((page, word)));
+            let behind = range.skip(PageCount::new(away + 1));
+            assert_eq!(behind.and_then(|behind| table.first_away(behind)), None);
+            table.entry(page).store(PageWord::EMPTY);
+        }
+    }
+}
+
+#[test]
 fn words_of_a_range_are_those_of_its_pages() {
     let table = table(2);
     table.entry(Vpn::new(FIRST + 88)).store(PageWord::RESIDENT);

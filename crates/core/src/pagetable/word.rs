@@ -193,6 +193,14 @@ impl PageWord {
         }
     }
 
+    /// Whether the page is in RAM if it is there at all, and what is there is not given up: nothing but the system's page
+    /// map tells more. Flags of several words are at home together if each of them is.
+    pub const fn is_at_home(self) -> bool {
+        const AWAY: u64 = STATE & !(State::Resident as u64) | DISCARDED;
+        const { assert!(State::Empty as u64 == 0 && State::Resident as u64 == 1) };
+        self.0 & AWAY == 0
+    }
+
     /// Whether the page is on a device, and nowhere else.
     pub const fn is_on_device(self) -> bool {
         matches!(self.state(), State::Device | State::Coherent)

@@ -7,24 +7,28 @@
 //!         has `pin_user_pages` (FOLL_PIN) for it; it refuses to move such pages as well, but only tells after
 //!         it was asked for each.
 //! How     a flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
-//!         the flag as long as any holder's range has the page.
+//!         the flag as long as any holder's range has the page; those of whole chunks may have it for longer, so that they
+//!         can be pinned again in no time ([`ready`]).
 //! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
 //! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight, and the
 //!         locks under which a page is taken from where a coherent device has it mapped. A
 //!         flag is set outside of it, after its holder is on the list: who clears sees the holder or comes before it.
 //! Fails   with a [`PinError`]; then nothing is pinned, though some pages may have come home.
 
+mod ready;
+
 use alloc::vec::Vec;
 use core::panic::Location;
 
-use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, VirtAddr, Vpn};
 
 use crate::fault::{Access, Fault, Resolution, Scratch};
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
 use crate::pagetable::State;
 use crate::sync::locked::Locked;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, AtomicUsize, Ordering};
+use ready::{Changes, Moment, Ready};
 
 /// Why a range could not be pinned, and what the caller can do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -75,6 +79,9 @@ pub struct Pin {
     range: VaRange,
 }
 
+/// Where in the source something was done.
+type Place = &'static Location<'static>;
+
 /// Who holds a pin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Holder {
@@ -86,19 +93,56 @@ pub struct Holder {
     /// How long.
     pub term: PinTerm,
     /// Where it was taken.
-    pub place: &'static Location<'static>,
+    pub place: Place,
 }
 
 /// The holders of pins of one address space.
 #[derive(Debug)]
 pub(crate) struct Pins {
-    holders: Locked<Vec<Holder>>,
+    list: Locked<List>,
     next: AtomicU64,
+    /// Whether chunks are ready, for whoever would take the lock for that.
+    ready: AtomicUsize,
+    changes: Changes,
+}
+
+#[derive(Debug, Default)]
+struct List {
+    holders: Vec<Holder>,
+    ready: Ready,
+}
+
+impl List {
+    /// The parts of `range` that nobody holds, in order.
+    fn unheld(&self, range: VaRange) -> Vec<VaRange> {
+        let mut unheld = alloc::vec![range];
+        for held in self.holders.iter().filter_map(|holder| holder.range.intersect(range)) {
+            unheld = unheld
+                .into_iter()
+                .flat_map(|part| {
+                    let before = held.first().since(part.first()).at_most(part.pages());
+                    let behind = part.skip(held.end_page().since(part.first()));
+                    [VaRange::of_pages(part.first(), before), behind]
+                })
+                .flatten()
+                .collect();
+        }
+        unheld
+    }
 }
 
 impl Pins {
     pub(crate) fn new() -> Self {
-        Self { holders: Locked::new(Vec::new()), next: AtomicU64::new(0) }
+        Self {
+            list: Locked::new(List::default()),
+            next: AtomicU64::new(0),
+            ready: AtomicUsize::new(0),
+            changes: Changes::new(),
+        }
+    }
+
+    fn new_holder(&self, range: VaRange, purpose: PinFor, term: PinTerm, place: Place) -> Holder {
+        Holder { number: self.next.fetch_add(1, Ordering::Relaxed), range, purpose, term, place }
     }
 }
 
@@ -135,15 +179,25 @@ impl<H: Host> Mm<H> {
         term: PinTerm,
         scratch: &mut Scratch,
     ) -> Result<Pin, PinError> {
-        let number = self.pins.next.fetch_add(1, Ordering::Relaxed);
-        let holder = Holder { number, range, purpose, term, place: Location::caller() };
-        self.pins.holders.lock(&self.host).push(holder);
-        let pin = Pin { number, range };
+        if let Some(pin) = self.pin_again(range, purpose, term) {
+            return Ok(pin);
+        }
+        let holder = self.pins.new_holder(range, purpose, term, Location::caller());
+        self.pins.list.lock(&self.host).holders.push(holder);
+        let pin = Pin { number: holder.number, range };
+        let whole = range.chunks().filter(|chunk| chunk.pages().get() == CHUNK_PAGES);
+        let since: Vec<(VaRange, Moment)> =
+            whole.map(|chunk| (chunk, self.pins.changes.now(chunk.first()))).collect();
         // From here on nothing leaves; what is leaving is waited for.
-        self.set_pinned(range, true);
+        self.flag_pinned(range, true);
         let brought = self.bring_pinned(range, purpose, term, scratch);
         match brought.and_then(|()| self.own_pinned(range, purpose)) {
-            Ok(()) => Ok(pin),
+            Ok(()) => {
+                if purpose == PinFor::Write && self.host.hears() {
+                    self.note_ready(&since);
+                }
+                Ok(pin)
+            }
             Err(error) => {
                 self.unpin(pin);
                 Err(error)
@@ -153,23 +207,96 @@ impl<H: Host> Mm<H> {
 
     /// Gives a pin back. Pages that nobody else has pinned may move again.
     pub fn unpin(&self, pin: Pin) {
-        let mut holders = self.pins.holders.lock(&self.host);
-        holders.retain(|holder| holder.number != pin.number);
-        let others: Vec<VaRange> = holders
-            .iter()
-            .map(|holder| holder.range)
-            .filter(|held| held.intersect(pin.range).is_some())
-            .collect();
-        for page in pin.range.iter() {
-            if !others.iter().any(|held| held.contains(page)) {
-                self.set_pinned(VaRange::page(page), false);
+        let mut list = self.pins.list.lock(&self.host);
+        if let Some(at) = list.holders.iter().rposition(|holder| holder.number == pin.number) {
+            list.holders.remove(at);
+        }
+        for part in pin.range.chunks().filter(|part| !list.ready.keeps(*part)) {
+            list.unheld(part).into_iter().for_each(|unheld| self.flag_pinned(unheld, false));
+        }
+    }
+
+    /// Pins `range` if all of it was pinned before, in whole chunks and for writing, and nothing happened to it since: as
+    /// [`Mm::pin_for`] does, without a look at any page. Otherwise nothing is done.
+    #[track_caller]
+    pub fn pin_again(&self, range: VaRange, purpose: PinFor, term: PinTerm) -> Option<Pin> {
+        if self.pins.ready.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        let mut list = self.pins.list.lock(&self.host);
+        if !list.ready.has(range, &self.pins.changes) {
+            return None;
+        }
+        let holder = self.pins.new_holder(range, purpose, term, Location::caller());
+        list.holders.push(holder);
+        Some(Pin { number: holder.number, range })
+    }
+
+    /// Remembers the chunks that have just been pinned for writing, with all their pages in RAM.
+    fn note_ready(&self, since: &[(VaRange, Moment)]) {
+        let mut list = self.pins.list.lock(&self.host);
+        for (chunk, moment) in since {
+            let in_ram = |part: VaRange| {
+                self.table.words(part).all(|word| word.is_at_home() && word.is_pinned() && !word.is_tracked())
+            };
+            if self.pins.changes.now(chunk.first()) == *moment && self.table.used(*chunk).all(in_ram) {
+                list.ready.note(*chunk, *moment);
+                self.pins.ready.store(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Lets go of the pages of `range` that nobody has pinned any more and that were left as if they were. For whoever
+    /// is going to move some: with no lock held, and no claim.
+    pub(crate) fn settle_pins(&self, range: VaRange) {
+        if self.pins.ready.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut list = self.pins.list.lock(&self.host);
+        while let Some(chunk) = list.ready.take(range) {
+            list.unheld(chunk).into_iter().for_each(|unheld| self.flag_pinned(unheld, false));
+        }
+        self.pins.ready.store(usize::from(!list.ready.is_empty()), Ordering::Relaxed);
+    }
+
+    /// The same, of pages whose mapping moves, under the layout lock held for writing: nothing is waited for. Pages that
+    /// keep their flag for that stay in RAM.
+    pub(crate) fn settle_moved_pins(&self, range: VaRange) {
+        if self.pins.ready.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let Some(mut list) = self.pins.list.try_lock(&self.host) else { return };
+        while let Some(chunk) = list.ready.take(range) {
+            for page in list.unheld(chunk).into_iter().flat_map(VaRange::iter) {
+                self.table.entry(page).annotate(|word| word.with_pinned(false));
+            }
+        }
+    }
+
+    /// The program has changed pages of `range`, as their words say by now: what is pinned next there is to be looked at.
+    pub(crate) fn count_change(&self, range: VaRange) {
+        self.pins.changes.count(range);
+    }
+
+    /// Pins `range` in RAM, or lifts that: pinned pages are never moved out. Pages that are away stay away
+    /// until they are touched.
+    pub fn set_pinned(&self, range: VaRange, pinned: bool) {
+        self.flag_pinned(range, pinned);
+        self.count_change(range);
+    }
+
+    fn flag_pinned(&self, range: VaRange, pinned: bool) {
+        for page in range.iter() {
+            let entry = self.table.entry(page);
+            while !entry.annotate(|word| word.with_pinned(pinned)) {
+                self.wait_in_flight(page);
             }
         }
     }
 
     /// Who holds pins now.
     pub fn pins(&self) -> Vec<Holder> {
-        self.pins.holders.lock(&self.host).clone()
+        self.pins.list.lock(&self.host).holders.clone()
     }
 
     /// Brings the pinned pages of `range` home, each in a state in which it can be used for `purpose`.
@@ -211,8 +338,8 @@ impl<H: Host> Mm<H> {
     /// Takes a page that we have pinned from where it is mapped in place, unless somebody has pinned it there. Under the
     /// lock of the list: whoever pins it there comes before, and is found, or after, and finds it in RAM.
     fn take_off_for_pin(&self, page: Vpn) -> Result<(), PinError> {
-        let holders = self.pins.holders.lock(&self.host);
-        if holders.iter().any(|holder| holder.term == PinTerm::Short && holder.range.contains(page)) {
+        let list = self.pins.list.lock(&self.host);
+        if list.holders.iter().any(|holder| holder.term == PinTerm::Short && holder.range.contains(page)) {
             return Err(PinError::Busy(page.base()));
         }
         match self.take_off_pinned(page).stop {

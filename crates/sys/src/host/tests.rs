@@ -186,21 +186,30 @@ fn pages_are_told_apart_by_what_a_store_meets() {
     assert!(unsafe { host.isolate(memory.part(1, 2), arena.addr(0)) }.is_complete());
     assert!(host.install_zero(memory.part(1, 1)).is_complete());
     assert!(host.write_protect(memory.part(3, 1), true).is_complete());
-    let mapped = |first, write| {
-        let range = memory.part(first, 1);
-        Mapped { range, write, huge: false, zero: first == 1, file: false }
-    };
-    let mut found = [mapped(0, false); 8];
-    let (count, end) = host.mapped(memory.range(), true, &mut found);
-    assert_eq!(end, memory.range().end_page());
-    if !host.scanner().is_fallback() {
-        // Neighbours that are alike may or may not be one entry; these are not alike.
-        assert_eq!(found[..count], [mapped(0, true), mapped(1, false), mapped(3, false)]);
+    let protected = Unusual { present: true, ..Unusual::absent(memory.part(3, 1)) };
+    let zeros = Unusual { zero: true, range: memory.part(1, 1), ..protected };
+    let mut found = [protected; 8];
+    for sort in [Sort::Managed, Sort::Anonymous, Sort::File] {
+        if host.scanner().is_fallback() {
+            break;
+        }
+        let (count, end) = host.unusual(memory.range(), sort, &mut found);
+        assert_eq!(end, memory.range().end_page());
+        // The first one is as pages are as a rule.
+        assert_eq!(found[..count], [zeros, Unusual::absent(memory.part(2, 1)), protected], "{sort:?}");
+        // With little room it is looked on from where it ended.
+        let (mut rest, mut one_by_one) = (Some(memory.range()), 0);
+        while let Some(range) = rest {
+            let (count, end) = host.unusual(range, sort, &mut found[..2]);
+            one_by_one += count;
+            rest = range.skip(end.since(range.first()));
+        }
+        assert_eq!(one_by_one, 3, "{sort:?}");
     }
     assert!(host.write_protect(memory.part(3, 1), false).is_complete());
     assert!(host.touch(memory.part(1, 1), true).is_complete());
-    let (count, _) = host.mapped(memory.range(), true, &mut found);
-    assert!(found[..count].iter().all(|page| page.write), "{:?}", &found[..count]);
+    let (count, _) = host.unusual(memory.range(), Sort::Managed, &mut found);
+    assert_eq!(found[..count], [Unusual::absent(memory.part(2, 1))]);
     let mut rights =
         [Rights { range: memory.range(), read: false, write: false, shared: false, file: false }; 2];
     assert_eq!(host.mappings(memory.part(1, 2), &mut rights), (1, memory.part(1, 2).end_page()));

@@ -16,11 +16,12 @@ mod state;
 
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use uhmm_addr::{CHUNK_PAGES, PAGE_SIZE, PageCount, VaRange, VirtAddr, Vpn};
-use uhmm_core::host::{Host, Install, Mapped, Progress, Rights, Stop};
+use uhmm_core::host::{Host, Install, Progress, Rights, Sort, Stop, Unusual};
 use uhmm_core::sync::{AtomicU32, Ordering, Park};
 
 pub use bed::{Bed, Setup, page_at, pages_at};
@@ -42,6 +43,8 @@ pub struct SimHost {
     reader: OnceLock<Reader>,
     after_copy_out: Mutex<Option<Hook>>,
     parked: (Mutex<()>, Condvar),
+    looks: AtomicU64,
+    deaf: AtomicBool,
 }
 
 impl fmt::Debug for SimHost {
@@ -60,6 +63,8 @@ impl SimHost {
             reader: OnceLock::new(),
             after_copy_out: Mutex::new(None),
             parked: (Mutex::default(), Condvar::new()),
+            looks: AtomicU64::new(0),
+            deaf: AtomicBool::new(false),
         }
     }
 
@@ -240,6 +245,16 @@ impl SimHost {
         let mut parts: Vec<Area> = self.lock().areas.iter().filter_map(common).collect();
         parts.sort_by_key(|part| part.range.first());
         parts
+    }
+
+    /// How often it was asked about pages, or to have them there, so far.
+    pub fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Relaxed)
+    }
+
+    /// Says from now on that it tells of no change of the program's.
+    pub fn set_deaf(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
     }
 
     /// Takes the pages of `range` away, the second half of `MADV_DONTNEED`.
@@ -469,6 +484,7 @@ impl Host for SimHost {
     }
 
     fn present(&self, range: VaRange, found: &mut [VaRange]) -> (usize, Vpn) {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         let state = self.lock();
         let mut filled = 0;
         if self.is_backed(&state, range.first()).is_some() {
@@ -516,25 +532,50 @@ impl Host for SimHost {
         (areas.len().min(found.len()), end)
     }
 
-    fn mapped(&self, range: VaRange, _files: bool, found: &mut [Mapped]) -> (usize, Vpn) {
+    fn unusual(&self, range: VaRange, _sort: Sort, found: &mut [Unusual]) -> (usize, Vpn) {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         let state = self.lock();
-        let pages = state.pages.range(range.first()..range.end_page());
-        for (filled, (page, what)) in pages.enumerate() {
-            let Some(place) = found.get_mut(filled) else { return (filled, *page) };
-            let huge = state.huge.contains(&page.chunk());
-            let write = !what.protected;
-            *place = Mapped { range: VaRange::page(*page), write, huge, zero: false, file: false };
+        let mut filled: usize = 0;
+        for page in range.iter() {
+            let absent = Unusual::absent(VaRange::page(page));
+            let this = match state.pages.get(&page) {
+                None => absent,
+                Some(what) => Unusual {
+                    present: true,
+                    write: !what.protected,
+                    huge: state.huge.contains(&page.chunk()),
+                    ..absent
+                },
+            };
+            if this.present && this.write && !this.huge {
+                continue;
+            }
+            let last = filled.checked_sub(1).map(|last| &mut found[last]);
+            if let Some(last) = last
+                && last.range.end_page() == page
+                && *last == (Unusual { range: last.range, ..this })
+            {
+                last.range = last.range.grow(last.range.pages().plus(PageCount::ONE));
+                continue;
+            }
+            let Some(place) = found.get_mut(filled) else { return (filled, page) };
+            *place = this;
+            filled += 1;
         }
-        let filled = state.pages.range(range.first()..range.end_page()).count();
         (filled, range.end_page())
     }
 
     /// There is neither swap nor a page of zeros that is shared.
     fn touch(&self, range: VaRange, _write: bool) -> Progress {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         match self.lock().enter(false) {
             Ok(()) => Progress::complete(range.pages()),
             Err(progress) => progress,
         }
+    }
+
+    fn hears(&self) -> bool {
+        !self.deaf.load(Ordering::Relaxed)
     }
 
     fn is_changing(&self) -> bool {

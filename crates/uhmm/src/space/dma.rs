@@ -65,7 +65,7 @@ impl<I: Iommu> Mirror<'_, DmaTable<I>> {
     /// # Errors
     /// See [`DmaError`]. Pages before the one that failed are mapped.
     pub fn dma_map(&self, range: VaRange, write: bool) -> Result<(), DmaError> {
-        self.work(|mirror, views, scratch, patience| mirror.dma_map(range, write, views, scratch, patience))
+        self.work(|mirror, room, scratch, patience| mirror.dma_map(range, write, room, scratch, patience))
     }
 
     /// Takes back what is mapped of `range`, and with it the rest of what was mapped together with that. Returns how

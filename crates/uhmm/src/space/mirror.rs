@@ -62,7 +62,7 @@ use uhmm_sys::mapping::Mapping;
 use uhmm_sys::signals::Blocked;
 
 pub use uhmm_core::mirror::{
-    Exclusive, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Unusable, Want,
+    Exclusive, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Segment, Unusable, Want,
 };
 
 use super::Space;
@@ -98,7 +98,7 @@ pub struct Mirror<'s, T> {
 /// What populating takes, made beforehand.
 struct Work {
     scratch: Scratch,
-    views: Box<[PageView]>,
+    room: Box<[Segment]>,
     // What the scratch copies through; dropped after it.
     _buffer: Mapping,
 }
@@ -112,8 +112,8 @@ impl<T> fmt::Debug for Mirror<'_, T> {
 impl<'s, T> Mirror<'s, T> {
     pub(super) fn new(space: &'s Space, mirror: core::Mirror<'s, LinuxHost, T>) -> Result<Self, MirrorError> {
         let (scratch, buffer) = Managed::scratch()?;
-        let views = vec![PageView::Absent; CHUNK_PAGES].into_boxed_slice();
-        let work = Lock::new(Work { scratch, views, _buffer: buffer });
+        let room = vec![Segment::UNUSED; CHUNK_PAGES].into_boxed_slice();
+        let work = Lock::new(Work { scratch, room, _buffer: buffer });
         Ok(Self { space, mirror, own: None, timeout: DEFAULT_TIMEOUT, work })
     }
 
@@ -127,17 +127,17 @@ impl<'s, T> Mirror<'s, T> {
         &'a self,
         use_mirror: impl FnOnce(
             &'a core::Mirror<'s, LinuxHost, T>,
-            &mut [PageView],
+            &mut [Segment],
             &mut Scratch,
             &mut dyn Patience,
         ) -> R,
     ) -> R {
         let _blocked = Blocked::all();
         let mut work = self.work.lock();
-        let Work { scratch, views, .. } = &mut *work;
+        let Work { scratch, room, .. } = &mut *work;
         let managed = &*self.space.inner.managed;
         let mut patience = Until { managed, timeout: self.timeout, end: now() };
-        use_mirror(&self.mirror, views, scratch, &mut patience)
+        use_mirror(&self.mirror, room, scratch, &mut patience)
     }
 }
 
@@ -169,10 +169,24 @@ impl Space {
         own: Option<usize>,
         views: &mut [PageView],
     ) -> Result<(), RangeFaultError> {
+        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+        self.segments(range, own, |segment| segment.copy_to(range.first(), views))
+    }
+
+    /// The same, told in segments of pages that are alike.
+    ///
+    /// # Errors
+    /// [`RangeFaultError::Outside`].
+    pub fn segments(
+        &self,
+        range: VaRange,
+        own: Option<usize>,
+        found: impl FnMut(Segment),
+    ) -> Result<(), RangeFaultError> {
         let own = own.and_then(|device| self.inner.pagemaps.get(device));
         let request = own.map_or(Request::SNAPSHOT, |own| Request::SNAPSHOT.owning(own));
         let _blocked = Blocked::all();
-        self.inner.managed.mm().snapshot(range, &request, views)
+        self.inner.managed.mm().segments(range, &request, found)
     }
 
     pub(super) fn manages(&self, range: VaRange) -> bool {
@@ -235,8 +249,8 @@ impl<T> Mirror<'_, T> {
         self.mirror.range()
     }
 
-    /// Makes the pages of `range` what `request` asks, and has `install` put them into the table, a chunk at a time at
-    /// most. What is installed is true at that moment, and is invalidated before it is not; see
+    /// Makes the pages of `range` what `request` asks, and has `install` put them into the table, in segments of pages that
+    /// are alike, many or few at a time. What is installed is true at that moment, and is invalidated before it is not; see
     /// [`Mirror::populate`](uhmm_core::mirror::Mirror::populate).
     ///
     /// Like a touch of the pages it waits for devices and for room. `install` must not touch managed memory, or call the
@@ -253,8 +267,8 @@ impl<T> Mirror<'_, T> {
         let own = self.own.as_ref();
         let request = request.into();
         let request = own.map_or(request, |own| request.owning(own));
-        self.work(|mirror, views, scratch, patience| {
-            mirror.populate(range, &request, views, scratch, patience, install)
+        self.work(|mirror, room, scratch, patience| {
+            mirror.populate(range, &request, room, scratch, patience, install)
         })
     }
 
@@ -288,8 +302,8 @@ impl<T> Mirror<'_, T> {
     /// numbers[0] = 41;
     /// let mirror = space.mirror(numbers.range(), Counter(None))?;
     /// let done = mirror.exclusive(numbers.range(), |counter, pages| {
-    ///     counter.0 = pages.views().iter().find_map(|view| match view {
-    ///         PageView::Exclusive { at } => Some(*at),
+    ///     counter.0 = pages.views().find_map(|view| match view {
+    ///         PageView::Exclusive { at } => Some(at),
     ///         _ => None,
     ///     });
     /// })?;
@@ -324,9 +338,9 @@ impl<T> Mirror<'_, T> {
         let terms = Terms { since, by: self.own.as_ref().map(|own| own.owner()) };
         let _blocked = Blocked::all();
         let mut work = self.work.lock();
-        let Work { scratch, views, .. } = &mut *work;
+        let Work { scratch, room, .. } = &mut *work;
         let mut patience = Until { managed, timeout: self.timeout, end: now() };
-        self.mirror.exclusive(range, &terms, views, scratch, &mut patience, install)
+        self.mirror.exclusive(range, &terms, room, scratch, &mut patience, install)
     }
 
     /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.
@@ -337,10 +351,20 @@ impl<T> Mirror<'_, T> {
     /// # Panics
     /// If there are more or fewer views than pages.
     pub fn snapshot(&self, range: VaRange, views: &mut [PageView]) -> Result<(), RangeFaultError> {
+        assert_eq!(range.pages().get(), views.len(), "one view for each page");
+        self.segments(range, |segment| segment.copy_to(range.first(), views))
+    }
+
+    /// The same, told in segments of pages that are alike. What was found of whole chunks in RAM is known until they
+    /// change, and is not looked at again, where the engine hears of changes ([`Engine::Threads`](crate::Engine::Threads)).
+    ///
+    /// # Errors
+    /// [`RangeFaultError::Outside`].
+    pub fn segments(&self, range: VaRange, found: impl FnMut(Segment)) -> Result<(), RangeFaultError> {
         let own = self.own.as_ref();
         let request = own.map_or(Request::SNAPSHOT, |own| Request::SNAPSHOT.owning(own));
         let _blocked = Blocked::all();
-        self.mirror.snapshot(range, &request, views)
+        self.mirror.segments(range, &request, found)
     }
 
     /// Looks something up in the table, whose entries are true as long as this lasts. `look` must not touch managed

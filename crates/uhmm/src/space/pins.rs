@@ -48,7 +48,8 @@ impl Space {
     /// and are not moved until the result is dropped. Whoever migrates or evicts them meanwhile counts them as
     /// [`Skip::Pinned`](uhmm_core::stats::Skip::Pinned).
     ///
-    /// Waits up to a second for room where the space has a limit.
+    /// Waits up to a second for room where the space has a limit. Whole chunks (2 MiB) that were pinned for writing once
+    /// are pinned again without a look at their pages, as long as nothing happened to them.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -82,6 +83,9 @@ impl Space {
         let managed = &self.inner.managed;
         if !managed.range_from(range.first()).is_some_and(|(known, _)| known.encloses(range)) {
             return Err(PinError::Unmanaged(range.start()));
+        }
+        if let Some(pin) = managed.mm().pin_again(range, purpose, term) {
+            return Ok(Pinned { space: self.clone(), range, pin: Some(pin) });
         }
         let (mut scratch, _buffer) = Managed::scratch().map_err(|_| PinError::Starved(range.start()))?;
         // A signal handler that touched a page under our claim would wait for ourselves.

@@ -41,7 +41,7 @@ use uhmm_sys::signals::Blocked;
 pub use uhmm_core::mirror::Changed;
 
 use super::Space;
-use super::mirror::{Mirror, MirrorError, MirrorTable, PageView, Pages, RangeFaultError, Want};
+use super::mirror::{Mirror, MirrorError, MirrorTable, Pages, RangeFaultError, Segment, Want};
 
 /// Nothing is kept that would have to be taken back.
 struct NoTable;
@@ -54,7 +54,7 @@ impl MirrorTable for NoTable {
 #[must_use = "nothing is known of its pages before they are asked for"]
 pub struct Userptr<'s> {
     mirror: Mirror<'s, NoTable>,
-    views: Box<[PageView]>,
+    segments: Vec<Segment>,
 }
 
 impl fmt::Debug for Userptr<'_> {
@@ -94,8 +94,7 @@ impl Space {
     /// # Errors
     /// [`MirrorError::Unmanaged`], or no memory.
     pub fn userptr(&self, range: VaRange) -> Result<Userptr<'_>, MirrorError> {
-        let views = vec![PageView::Absent; range.pages().get()].into_boxed_slice();
-        Ok(Userptr { mirror: self.mirror(range, NoTable)?, views })
+        Ok(Userptr { mirror: self.mirror(range, NoTable)?, segments: Vec::new() })
     }
 }
 
@@ -112,11 +111,11 @@ impl Userptr<'_> {
     /// See [`RangeFaultError`]; [`RangeFaultError::TimedOut`] if the pages did not come to rest within a second, as
     /// where there are more of them than may be in RAM.
     pub fn get_pages(&mut self, want: Want) -> Result<UserPages<'_>, RangeFaultError> {
-        let Self { mirror, views } = self;
+        let Self { mirror, segments } = self;
         let range = mirror.range();
         mirror
-            .work(|mirror, _, scratch, patience| {
-                mirror.user_pages(range, &want.into(), views, scratch, patience)
+            .work(|mirror, room, scratch, patience| {
+                mirror.user_pages(range, &want.into(), room, segments, scratch, patience)
             })
             .map(UserPages)
     }

@@ -59,7 +59,7 @@ impl Bed {
     }
 
     fn device(&self) -> Device<'_> {
-        Watched::new(&self.notifiers, &self.futex, PAGE, Table(false))
+        Watched::new(&self.notifiers, &self.futex, PAGE, Table(false), true)
     }
 
     fn count(&self) {

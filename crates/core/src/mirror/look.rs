@@ -1,0 +1,280 @@
+//! What the pages of a range are, as they are found.
+//!
+//! What    [`Mm::look`], one look at pages, told in segments; [`Beside`], what a mirror knows besides: which pages are
+//!         gone for it, and which chunks are known to be in RAM.
+//! How     a page's word says whether it is away, the host's page map whether it is there and how, the mapping
+//!         whether it may be written. A page counts as there only where all three say so. Of a chunk that is known, page
+//!         map and words have been asked before ([`known`](super::known)).
+//! Locks   the layout lock for reading, around the look at the pages of one mapping. What allocates (the list of
+//!         mappings may) is asked before.
+//! Races   a look is old when it ends. It is *consistent*: no change of the program's own had begun, unread, when it
+//!         ended ([`Host::is_changing`]); a page that moves says so in its word, which is read after the page map.
+//! Fails   nothing here fails. Where there is no room for more segments, the look ends early.
+
+use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange, Vpn};
+
+use super::gone::Gone;
+use super::known::Known;
+use super::request::Request;
+use super::view::{Full, PageView, Segments, Unusable};
+use crate::host::{Host, Rights, Sort, Unusual};
+use crate::mm::Mm;
+use crate::pagetable::{PageWord, State};
+
+/// Mappings, or stretches of pages, that are asked for at a time.
+pub(super) const FOUND: usize = 16;
+/// Pages that are looked at under one hold of the lock, unless they are known: long enough that the calls to the host do
+/// not count, short enough that nobody who reads events waits for it.
+const SPAN: usize = 16 * CHUNK_PAGES;
+
+pub(super) const NO_RIGHTS: Rights =
+    Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false, file: false };
+const UNMAPPED: PageView = PageView::Error(Unusable::Unmapped);
+
+/// What is left of `range` from `end` on.
+pub(super) fn behind(range: VaRange, end: Vpn) -> Option<VaRange> {
+    VaRange::of_pages(end, range.end_page().since(end))
+}
+
+/// What is known besides what is found.
+#[derive(Clone, Copy)]
+pub(super) struct Beside<'a> {
+    /// Not to be had any more.
+    pub(super) gone: Gone,
+    /// Told of every change of the pages. `None` where nobody is.
+    pub(super) known: Option<&'a Known>,
+}
+
+impl Beside<'_> {
+    /// For whoever has no mirror.
+    pub(super) const NOTHING: Self = Self { gone: Gone::NOTHING, known: None };
+
+    /// The pages at the front of `range` that are looked at together.
+    pub(super) fn span(&self, range: VaRange) -> VaRange {
+        match self.known.and_then(|known| known.run(range.take(Geometry::G1.pages()))) {
+            Some((huge, Geometry::M2)) => huge,
+            _ => range.take(PageCount::new(SPAN - range.first().in_chunk())),
+        }
+    }
+}
+
+impl<H: Host> Mm<H> {
+    /// What the pages of `part` are, from its front on, as far as there is room in `seen`: for one segment at least.
+    /// `false` if it may be over: a change is under way.
+    pub(super) fn look(
+        &self,
+        part: VaRange,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> bool {
+        seen.start(part.first());
+        let mut settled = true;
+        // Without room for more, what was seen is told.
+        let _ = self.look_at_mappings(part, beside, request, seen, &mut settled);
+        settled
+    }
+
+    fn look_at_mappings(
+        &self,
+        part: VaRange,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+        settled: &mut bool,
+    ) -> Result<(), Full> {
+        let mut found = [NO_RIGHTS; FOUND];
+        let mut rest = Some(part);
+        while let Some(range) = rest {
+            let (count, end) = self.host.mappings(range, &mut found);
+            for rights in found[..count].iter().filter(|rights| rights.read) {
+                seen.push_to(rights.range.first(), UNMAPPED)?;
+                for gone in beside.gone.iter().filter_map(|gone| gone.intersect(rights.range)) {
+                    if let Some(usable) = VaRange::of_pages(seen.end(), gone.first().since(seen.end())) {
+                        self.look_at(Rights { range: usable, ..*rights }, beside, request, seen, settled)?;
+                    }
+                    seen.push_to(gone.end_page(), UNMAPPED)?;
+                }
+                if let Some(usable) = behind(rights.range, seen.end()) {
+                    self.look_at(Rights { range: usable, ..*rights }, beside, request, seen, settled)?;
+                }
+            }
+            seen.push_to(end, UNMAPPED)?;
+            rest = behind(part, end);
+        }
+        Ok(())
+    }
+
+    /// The pages of a mapping, or of a part of it.
+    fn look_at(
+        &self,
+        rights: Rights,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+        settled: &mut bool,
+    ) -> Result<(), Full> {
+        let _layout = self.layout.read(&self.host);
+        let done = self.walk_unknown(rights, beside, request, seen);
+        *settled &= !self.host.is_changing();
+        done
+    }
+
+    /// The same: what is known is told, and the others are looked at.
+    fn walk_unknown(
+        &self,
+        rights: Rights,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        let Some(known) = beside.known.filter(|_| !rights.file) else {
+            return self.walk(rights, beside, request, seen);
+        };
+        let mut rest = Some(rights.range);
+        while let Some(left) = rest {
+            if let Some((range, order)) = known.run(left) {
+                seen.push_to(range.end_page(), PageView::Ram { write: rights.write, order })?;
+            } else {
+                self.walk(Rights { range: known.gap(left), ..rights }, beside, request, seen)?;
+            }
+            rest = behind(rights.range, seen.end());
+        }
+        Ok(())
+    }
+
+    /// The same, by page map and words.
+    fn walk(
+        &self,
+        rights: Rights,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        // A file's own page is replaced by the first store, where the mapping is private.
+        let sort = match rights.file && !rights.shared {
+            true => Sort::File,
+            false if beside.known.is_some() && !rights.file => Sort::Managed,
+            false => Sort::Anonymous,
+        };
+        let view_of = |unusual: &Unusual| {
+            let write = rights.write && unusual.write && !unusual.file;
+            match *unusual {
+                Unusual { present: false, .. } => PageView::Absent,
+                Unusual { huge: true, .. } => PageView::Ram { write, order: Geometry::M2 },
+                Unusual { zero: true, .. } => PageView::Zeros,
+                _ => PageView::Ram { write, order: Geometry::K4 },
+            }
+        };
+        let plain = PageView::Ram { write: rights.write, order: Geometry::K4 };
+        let mut found = [Unusual::absent(rights.range); FOUND];
+        let mut rest = Some(rights.range);
+        while let Some(part) = rest {
+            let (count, end) = self.host.unusual(part, sort, &mut found);
+            // Words after the page map: a page that leaves in between says so.
+            for unusual in &found[..count] {
+                self.tell_to(unusual.range.first(), plain, rights.write, request, seen)?;
+                self.tell_to(unusual.range.end_page(), view_of(unusual), rights.write, request, seen)?;
+            }
+            self.tell_to(end, plain, rights.write, request, seen)?;
+            rest = behind(rights.range, end);
+        }
+        Ok(())
+    }
+
+    /// Tells of the pages from where it was told last to before `end`: what the page map says of all of them, and the
+    /// word of each.
+    fn tell_to(
+        &self,
+        end: Vpn,
+        mapped: PageView,
+        write: bool,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        let from = seen.end();
+        let Some(range) = VaRange::of_pages(from, end.since(from)) else { return Ok(()) };
+        let PageView::Ram { order: Geometry::M2, write: may_write } = mapped else {
+            return self.tell_by_words(range, mapped, write, request, seen);
+        };
+        // A huge mapping is reported as one only where a driver may take it over as one: all of the chunk was asked about,
+        // and all of it is there.
+        let in_pieces = PageView::Ram { order: Geometry::K4, write: may_write };
+        let whole = |part: &VaRange| part.pages().get() == CHUNK_PAGES;
+        for part in self.table.used(range) {
+            if whole(&part) && self.table.first_away(part).is_none() {
+                continue;
+            }
+            self.tell_unbroken(part.first(), mapped, in_pieces, seen)?;
+            self.tell_by_words(part, in_pieces, write, request, seen)?;
+        }
+        self.tell_unbroken(end, mapped, in_pieces, seen)
+    }
+
+    /// Tells of huge mappings from where it was told last to before `end`: those that are cut are told in pieces.
+    fn tell_unbroken(
+        &self,
+        end: Vpn,
+        whole: PageView,
+        in_pieces: PageView,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        let from = seen.end();
+        let head = if from.in_chunk() == 0 { from } else { from.chunk_base().forward(Geometry::M2.pages()) };
+        seen.push_to(head.min(end), in_pieces)?;
+        seen.push_to(end.chunk_base(), whole)?;
+        seen.push_to(end, in_pieces)
+    }
+
+    /// Tells of the pages of `range`, which the page map says to be `mapped`.
+    fn tell_by_words(
+        &self,
+        range: VaRange,
+        mapped: PageView,
+        write: bool,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        for part in self.table.used(range) {
+            let mut rest = Some(part);
+            while let Some(left) = rest {
+                let Some((page, word)) = self.table.first_away(left) else { break };
+                seen.push_to(page, mapped)?;
+                seen.push_to(page.forward(PageCount::ONE), self.view_of(word, mapped, write, request))?;
+                rest = behind(part, seen.end());
+            }
+        }
+        seen.push_to(range.end_page(), mapped)
+    }
+
+    /// What a page is whose word is not that of one in RAM.
+    fn view_of(&self, word: PageWord, mapped: PageView, may_write: bool, request: &Request<'_>) -> PageView {
+        match word.state() {
+            // Given up, and there: the kernel is yet to take it away.
+            State::Empty | State::Resident => PageView::Absent,
+            State::Poisoned => PageView::Error(Unusable::Poisoned),
+            // What could be mapped in place is brought there by being asked for; in a mapping that may not be
+            // written it cannot.
+            State::Device if may_write && self.is_mappable(word) => PageView::Absent,
+            State::Device => match word.pfn() {
+                Some(pfn) if request.is_own(self.pagemaps.of(pfn)) => {
+                    PageView::Device { pfn, write: may_write }
+                }
+                _ => PageView::Absent,
+            },
+            State::Exclusive => match word.slot() {
+                Some(slot) if may_write && request.is_held(self.holder_of(slot)) => {
+                    PageView::Exclusive { at: self.slot_address(slot) }
+                }
+                _ => PageView::Absent,
+            },
+            State::Coherent => match (word.pfn(), mapped) {
+                (Some(pfn), PageView::Ram { write, .. }) => {
+                    PageView::Coherent { owner: self.pagemaps.of(pfn).owner(), pfn, write }
+                }
+                _ => PageView::Absent,
+            },
+            State::Staged | State::Moving => PageView::Absent,
+        }
+    }
+}
