@@ -22,8 +22,8 @@
 
 use std::io;
 
-use uhmm_addr::{PageCount, VaRange};
-use uhmm_core::host::{Host, Mapped};
+use uhmm_addr::{PageCount, VaRange, Vpn};
+use uhmm_core::host::{Host, Sort, Unusual};
 use uhmm_sys::held::HeldPages;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::signals::Blocked;
@@ -108,24 +108,49 @@ impl Space {
     }
 }
 
+/// Stretches of written pages that are told at a time, and what lies between them.
+const WRITTEN: usize = 64;
+
+/// The pages of `range` that are there and not the file's own, which the process has written, into `found`. Returns how
+/// many stretches there are, and the page up to which was looked.
+fn written(managed: &Managed, range: VaRange, found: &mut [VaRange; WRITTEN]) -> (usize, Vpn) {
+    let mut unusual = [Unusual::absent(range); WRITTEN / 2 - 1];
+    let (count, end) = managed.mm().host().unusual(range, Sort::File, &mut unusual);
+    let (mut filled, mut from) = (0, range.first());
+    let mut add = |first: Vpn, end: Vpn| {
+        if let Some(stretch) = VaRange::of_pages(first, end.since(first)) {
+            found[filled] = stretch;
+            filled += 1;
+        }
+    };
+    for other in &unusual[..count] {
+        add(from, other.range.first());
+        if other.present && !other.file && !other.zero {
+            add(other.range.first(), other.range.end_page());
+        }
+        from = other.range.end_page();
+    }
+    add(from, end);
+    (filled, end)
+}
+
 /// # Safety
 /// As [`Space::detach`].
 unsafe fn detach_mapping(managed: &Managed, mapping: &ProgramMapping, done: &mut Detached) -> io::Result<()> {
     let plain = if mapping.read { smaps::plain(mapping.range)? } else { None };
     let mut clean = mapping.range.pages();
-    let mut found =
-        [Mapped { range: mapping.range, write: false, huge: false, zero: false, file: false }; 32];
+    let mut found = [mapping.range; WRITTEN];
     let mut rest = Some(mapping.range);
     while let Some(part) = rest {
-        let (count, end) = managed.mm().host().mapped(part, true, &mut found);
-        // What is there and not the file's own, the process has written.
-        for run in found[..count].iter().filter(|mapped| !mapped.file && !mapped.zero) {
-            clean = clean.minus(run.range.pages());
+        let (count, end) = written(managed, part, &mut found);
+        for run in &found[..count] {
+            let run = *run;
+            clean = clean.minus(run.pages());
             let Some(plain) = plain else {
-                done.special = done.special.plus(run.range.pages());
+                done.special = done.special.plus(run.pages());
                 continue;
             };
-            let (mut left, mut most) = (Some(run.range), BATCH);
+            let (mut left, mut most) = (Some(run), BATCH);
             while let Some(run) = left {
                 let batch = run.take(most);
                 // SAFETY: the caller's promise.
