@@ -99,7 +99,7 @@ impl Table {
 
     /// Whether every page is there and may be written.
     fn check(&self) -> Result<(), RowError> {
-        let expected = |page: usize| (self.first.get() + page) as u64 * 4096 | READ | WRITE;
+        let expected = |page: usize| ((self.first.get() + page) as u64 * 4096) | READ | WRITE;
         let wrong = (0..self.entries.len()).find(|page| self.entries[*page] != expected(*page));
         wrong.map_or(Ok(()), |page| Err(RowError::WrongData { page }))
     }
