@@ -99,7 +99,7 @@ impl Table {
 
     /// Whether every page is there and may be written.
     fn check(&self) -> Result<(), RowError> {
-        let expected = |page: usize| (self.first.get() + page) as u64 * 4096 | READ | WRITE;
+        let expected = |page: usize| ((self.first.get() + page) as u64 * 4096) | READ | WRITE;
         let wrong = (0..self.entries.len()).find(|page| self.entries[*page] != expected(*page));
         wrong.map_or(Ok(()), |page| Err(RowError::WrongData { page }))
     }
@@ -172,7 +172,7 @@ pub(crate) fn populate(name: &'static str, look: Look, scale: Scale) -> Result<M
     }
     // 2 ms for a gibibyte.
     let most = 2e6 / ByteSize::gib(1).pages().get() as f64;
-    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), SCAN, 0.60).at_most(most))
+    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), SCAN, 0.80).at_most(most))
 }
 
 /// Pages are pinned and let go, a chunk at a time: such as were never pinned before, or such as were.
@@ -180,7 +180,7 @@ pub(crate) fn pin(name: &'static str, look: Look, scale: Scale) -> Result<Measur
     let size = scale.pick(ByteSize::mib(64), ByteSize::mib(8));
     let (mut space, mut buffer) = resident(size, Geometry::K4)?;
     let mut range = buffer.range();
-    let goal = if look == Look::First { 0.05 } else { 10.0 };
+    let goal = if look == Look::First { 0.50 } else { 10.0 };
     let counts: Vec<AtomicU64> = (0..range.pages().get()).map(|_| AtomicU64::new(0)).collect();
     let mut pair = Pair::default();
     for round in 0..scale.warm_up() + scale.rounds() {

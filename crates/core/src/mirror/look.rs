@@ -43,17 +43,22 @@ pub(super) struct Beside<'a> {
     pub(super) gone: Gone,
     /// Told of every change of the pages. `None` where nobody is.
     pub(super) known: Option<&'a Known>,
+    /// The pages before were huge: so will be these, and to look at them takes less.
+    pub(super) huge: bool,
 }
 
 impl Beside<'_> {
     /// For whoever has no mirror.
-    pub(super) const NOTHING: Self = Self { gone: Gone::NOTHING, known: None };
+    pub(super) const NOTHING: Self = Self { gone: Gone::NOTHING, known: None, huge: false };
 
     /// The pages at the front of `range` that are looked at together.
     pub(super) fn span(&self, range: VaRange) -> VaRange {
         match self.known.and_then(|known| known.run(range.take(Geometry::G1.pages()))) {
             Some((huge, Geometry::M2)) => huge,
-            _ => range.take(PageCount::new(SPAN - range.first().in_chunk())),
+            _ => {
+                let span = if self.huge { 4 * SPAN } else { SPAN };
+                range.take(PageCount::new(span - range.first().in_chunk()))
+            }
         }
     }
 }

@@ -169,7 +169,7 @@ impl<H: Host, T> Mirror<'_, H, T> {
 
     /// What is known of the pages now, besides what is found.
     fn beside(&self) -> Beside<'_> {
-        Beside { gone: self.watched.gone(), known: Some(self.watched.known()) }
+        Beside { gone: self.watched.gone(), known: Some(self.watched.known()), huge: false }
     }
 
     /// Pages at the front of `left`, those that `seen` tells of in the end.
@@ -188,7 +188,8 @@ impl<H: Host, T> Mirror<'_, H, T> {
                 return Err(RangeFaultError::Closed);
             }
             let collection = self.watched.collect();
-            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()) };
+            let huge = seen.end_huge();
+            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()), huge };
             self.mm.fault_part(left, &beside, request, seen, scratch, patience)?;
             if let Some(mut table) = collection.lock() {
                 table.remember(seen.as_slice());

@@ -70,7 +70,8 @@ impl<H: Host> Mm<H> {
         let mut seen = Segments::new(&mut room);
         let mut rest = Some(range);
         while let Some(left) = rest {
-            self.look_once(beside.span(left), beside, request, &mut seen);
+            let beside = Beside { huge: seen.end_huge(), ..*beside };
+            self.look_once(beside.span(left), &beside, request, &mut seen);
             found(&seen);
             rest = behind(range, seen.end());
         }

@@ -91,7 +91,8 @@ impl<H: Host, T> Mirror<'_, H, T> {
         let mut seen = Segments::new(room);
         loop {
             let collection = self.watched.collect();
-            let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()) };
+            let known = Some(self.watched.known());
+            let beside = Beside { gone: *collection.gone(), known, huge: false };
             self.mm.permit(range, &beside, request)?;
             segments.clear();
             let mut rest = Some(range);

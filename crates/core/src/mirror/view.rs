@@ -240,6 +240,11 @@ impl<'a> Segments<'a> {
         self.room[..self.len].iter_mut().for_each(|segment| *segment = segment.in_doubt());
     }
 
+    /// Whether the last pages are huge ones.
+    pub(super) fn end_huge(&self) -> bool {
+        self.as_slice().last().is_some_and(|last| last.view.order() == Geometry::M2)
+    }
+
     /// Forgets the pages from `end` on.
     pub(super) fn truncate(&mut self, end: Vpn) {
         let keep = self.as_slice().iter().take_while(|segment| segment.range.first() < end).count();
