@@ -318,6 +318,34 @@ fn what_readers_look_at_is_not_taken_away() {
     });
 }
 
+#[test]
+fn of_two_who_take_away_each_waits_for_the_readers() {
+    ::loom::model(|| {
+        let published = Arc::new(Published {
+            readers: Readers::default(),
+            there: AtomicU32::new(1),
+            contents: UnsafeCell::new(1),
+        });
+        let (looker, other) = (published.clone(), published.clone());
+        let reader = thread::spawn(move || {
+            let reading = looker.readers.begin();
+            if looker.there.load(Ordering::Acquire) == 1 {
+                // SAFETY: the writer waits for us; loom reports if he does not.
+                assert_eq!(looker.contents.with(|contents| unsafe { *contents }), 1);
+            }
+            drop(reading);
+        });
+        // Somebody else takes something else away.
+        let other = thread::spawn(move || other.readers.synchronize(&Spin));
+        published.there.store(0, Ordering::Release);
+        published.readers.synchronize(&Spin);
+        // SAFETY: as above.
+        published.contents.with_mut(|contents| unsafe { *contents = 2 });
+        reader.join().unwrap();
+        other.join().unwrap();
+    });
+}
+
 const RANGE: PfnRange = PfnRange::new(Pfn::new(0), PageCount::new(CHUNK_PAGES));
 
 /// Notes that it was told, and that the pages were gone then.
