@@ -109,7 +109,7 @@ fn apply(store: &Store, n: u64) {
             .create_namespace(&Spec { size: Some(size), name: format!("n{n}"), ..Spec::default() })
             .map(drop),
         3 => store.resize(id, size),
-        4 => store.mark(id, (n % 50) * 4096, 4096 * (n % 3 + 1), n % 2 == 0),
+        4 => store.mark(id, (n % 50) * 4096, 4096 * (n % 3 + 1), n.is_multiple_of(2)),
         5 => store.destroy(id),
         _ => store.reconfigure(id, &Change { name: Some(format!("r{n}")), ..Change::default() }),
     };

@@ -1,8 +1,8 @@
 //! The Linux adapter: every contract with the kernel that uhmm relies on, one interface per file.
 //!
 //! What     userfaultfd ([`uffd`], [`host`]), what is present and permitted ([`scan`], [`rights`], [`maps`],
-//!          [`meter`]), memory of our own ([`mapping`], [`memfd`], [`node`]), files that several use ([`filelock`]),
-//!          threads, signals and sockets, [`vfio`], and [`probe`], which asks the running kernel once what it can do.
+//!          [`meter`]), memory of our own ([`mapping`], [`memfd`], [`node`]), files that several use ([`filelock`],
+//!          [`watch`]) or that are mapped directly ([`dax`]), threads, signals and sockets, [`vfio`], and [`probe`], which asks the running kernel once what it can do.
 //! Needs    Linux 5.7 for write-protection, 6.7 for `PAGEMAP_SCAN`, 6.8 for `UFFDIO_MOVE`; what is missing
 //!          is found by [`probe`] and by outcome, never assumed from a version number.
 //! Never    keeps page states, decides policy, or retries on its own: each outcome is decoded once and
@@ -13,6 +13,7 @@
 pub mod awake;
 pub mod child;
 pub mod clock;
+pub mod dax;
 pub mod filelock;
 pub mod futex;
 pub mod host;
@@ -36,3 +37,4 @@ pub mod thread;
 mod uapi;
 pub mod uffd;
 pub mod vfio;
+pub mod watch;

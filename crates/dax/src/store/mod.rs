@@ -26,13 +26,14 @@ mod tests;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use uhmm_addr::{ByteSize, PageCount};
 use uhmm_sys::filelock::{self, FileLock, LockError};
 use uhmm_sys::hugetlb::Huge;
+use uhmm_sys::watch::Bell;
 
 pub use bad::BadPages;
 pub use error::{ChangeError, OpenError};
@@ -57,6 +58,8 @@ pub struct Store {
     medium: Medium,
     /// As they were when they were last looked at; others may have changed them since.
     labels: Mutex<Labels>,
+    /// Who is to be told of changes made through this value.
+    bells: Mutex<Vec<Weak<Bell>>>,
 }
 
 /// The right to use a namespace, which keeps others from changing it.
@@ -93,7 +96,7 @@ impl Store {
             Some(labels) => labels,
             None => read(&medium)?,
         };
-        Ok(Self { medium, labels: Mutex::new(labels) })
+        Ok(Self { medium, labels: Mutex::new(labels), bells: Mutex::default() })
     }
 
     /// Opens the store in the file at `path`.
@@ -110,14 +113,14 @@ impl Store {
                 found_page: medium.kind().page(),
             });
         }
-        Ok(Self { medium, labels: Mutex::new(labels) })
+        Ok(Self { medium, labels: Mutex::new(labels), bells: Mutex::default() })
     }
 
     /// A store in memory, in huge pages if a size is given, that is gone with its last descriptor and mapping.
     pub fn memory(capacity: ByteSize, huge: Option<Huge>, region: u32) -> Result<Self, OpenError> {
         let medium = Medium::memory(capacity, huge)?;
         let labels = format(&medium, region)?;
-        Ok(Self { medium, labels: Mutex::new(labels) })
+        Ok(Self { medium, labels: Mutex::new(labels), bells: Mutex::default() })
     }
 
     /// What it lies on.
@@ -194,6 +197,12 @@ impl Store {
         self.change(|table| Ok(table.mark(id, offset, len, bad)?))
     }
 
+    /// `bell` rings at every change that is made through this value, as long as anybody keeps it. Changes made by
+    /// others are seen by a [`Watch`](uhmm_sys::watch::Watch) of the file.
+    pub fn tell(&self, bell: &Arc<Bell>) {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(bell));
+    }
+
     /// Takes the right to use a namespace.
     pub fn claim(&self, id: NamespaceId) -> Result<Claim, ChangeError> {
         let (labels, _lock) = self.locked()?;
@@ -256,6 +265,11 @@ impl Store {
         let mut table = labels.table().clone();
         let done = change(&mut table)?;
         labels.write(self.medium.labels(), table)?;
+        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        bells.retain(|bell| bell.upgrade().is_some_and(|bell| {
+            bell.ring();
+            true
+        }));
         Ok(done)
     }
 
