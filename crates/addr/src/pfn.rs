@@ -65,4 +65,17 @@ impl PfnRange {
     pub const fn contains(self, pfn: Pfn) -> bool {
         self.start.get() <= pfn.get() && pfn.get() < self.end().get()
     }
+
+    /// Whether `other` lies inside entirely.
+    pub const fn encloses(self, other: Self) -> bool {
+        self.start.get() <= other.start.get() && other.end().get() <= self.end().get()
+    }
+
+    /// Whether some pfn lies in both.
+    pub const fn overlaps(self, other: Self) -> bool {
+        !self.pages.is_zero()
+            && !other.pages.is_zero()
+            && self.start.get() < other.end().get()
+            && other.start.get() < self.end().get()
+    }
 }

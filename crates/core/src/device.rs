@@ -25,6 +25,32 @@ pub enum MemoryType {
     Private,
     /// The CPU maps it in place (`MEMORY_DEVICE_COHERENT`).
     Coherent,
+    /// Like RAM, of a file system that maps it: may be pinned for a while, since truncation waits for that
+    /// (`MEMORY_DEVICE_FS_DAX`).
+    FsDax,
+    /// Like RAM, of a device that is mapped whole: may be pinned as long as its user likes (`MEMORY_DEVICE_GENERIC`).
+    Generic,
+    /// Of a device on a bus, for other devices to reach (`MEMORY_DEVICE_PCI_P2PDMA`).
+    PeerToPeer,
+}
+
+impl MemoryType {
+    /// Whether pages of processes migrate there; else they are mapped, and referred to where they are.
+    pub const fn is_migratable(self) -> bool {
+        matches!(self, Self::Private | Self::Coherent)
+    }
+}
+
+impl fmt::Display for MemoryType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Private => "private",
+            Self::Coherent => "coherent",
+            Self::FsDax => "fs-dax",
+            Self::Generic => "generic",
+            Self::PeerToPeer => "peer-to-peer",
+        })
+    }
 }
 
 /// Where the pages of a coherent device lie in this address space, the first one first.

@@ -15,10 +15,10 @@ pub(crate) mod loom;
 use alloc::boxed::Box;
 
 #[cfg(not(loom))]
-pub use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+pub use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 #[cfg(loom)]
-pub use ::loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+pub use ::loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 /// How a thread sleeps until another one has changed a word (a futex).
 pub trait Park: Send + Sync {

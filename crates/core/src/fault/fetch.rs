@@ -121,7 +121,7 @@ impl<H: Host> Mm<H> {
             return None;
         }
         scratch.pfns[0] = pfn;
-        let device = self.pagemaps.of(pfn).range();
+        let device = self.pagemaps.of(pfn);
         let room = match window.direction {
             Direction::Up => CHUNK_PAGES - page.in_chunk(),
             Direction::Down => page.in_chunk() + 1,

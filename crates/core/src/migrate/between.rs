@@ -66,9 +66,10 @@ impl<H: Host> Mm<H> {
             _ => return Err(Skip::Raced),
         };
         let map = self.pagemaps.of(pfn);
-        let selected = match map.device().memory_type() {
+        let selected = match map.memory_type() {
             MemoryType::Private => sources.private,
             MemoryType::Coherent => sources.coherent,
+            MemoryType::FsDax | MemoryType::Generic | MemoryType::PeerToPeer => None,
         };
         let ours = [sources.private, sources.coherent, Some(to.owner())];
         match selected {

@@ -46,7 +46,7 @@ impl<'m, H: Host> Isolated<'m, H> {
         // A copy that another device keeps is not where the page is to go.
         for slot in &slots {
             let (arena, index) = mm.arena_of(*slot);
-            if arena.copy_of(index).is_some_and(|copy| !to.range().contains(copy))
+            if arena.copy_of(index).is_some_and(|copy| !to.contains(copy))
                 && let Some(copy) = arena.take_copy(index)
             {
                 mm.pagemaps.of(copy).put(copy);

@@ -30,7 +30,7 @@ use alloc::sync::Arc;
 use core::cell::UnsafeCell;
 use core::fmt;
 
-use uhmm_addr::VaRange;
+use uhmm_addr::{Pfn, VaRange};
 
 use crate::sync::{AtomicU32, AtomicU64, Gate, Ordering, Park};
 use tree::{Node, Tree};
@@ -67,6 +67,12 @@ pub struct Owner(pub u64);
 impl Owner {
     /// The first number that belongs to pagemaps that have an owner to themselves.
     pub const FIRST_OWN: u64 = 1 << 63;
+
+    /// The owner that a pagemap has to itself: no two ranges of a machine begin at one pfn, and every process that has the
+    /// pagemap has the same one.
+    pub(crate) const fn of_own(start: Pfn) -> Self {
+        Self(Self::FIRST_OWN | start.get())
+    }
 }
 
 /// A change, as subscribers are told.

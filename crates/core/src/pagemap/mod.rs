@@ -1,72 +1,108 @@
 //! Pagemaps: ranges of pfns that belong to a device, and who uses which of them.
 //!
-//! What    [`Pagemap`] (the kernel's `struct dev_pagemap`): a device, its range in the machine-wide pfn space
-//!         and a descriptor for every page; [`PagemapSet`], which finds the pagemap of a pfn.
+//! What    [`Pagemap`] (the kernel's `struct dev_pagemap`): a type, an owner, ranges in the machine-wide pfn space, and a
+//!         descriptor for every compound page; [`Registry`], which finds the pagemap of a pfn and unregisters it when
+//!         its pages are back; [`resource`], who has which pfns; handles of pages ([`PageRef`] and others);
+//!         [`PagemapSet`], the pagemaps of one address space.
 //! Why     whoever holds a device page must be able to share it (fork), keep it as the clean copy of a
 //!         page in RAM, and free it, without asking anybody else.
-//! Counts  a free page has count 0, allocation sets 1, [`Pagemap::put`] of the last reference frees it
-//!         (rule R3). Descriptors live in memory that is zero where nothing was stored, so that registering
-//!         a pagemap costs nothing per page; the memory may be shared between processes.
+//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put`] of the last one frees it
+//!         (rule R3). A live page is one reference to its pagemap; get and put of a page that stays live never touch the
+//!         pagemap. The pages of a compound page (2M, 1G) have one descriptor: a reference to any is one to the head, and
+//!         nothing steps through the others. Descriptors live in memory that is zero where nothing was stored, so that
+//!         registering a pagemap costs nothing per page; the memory may be shared between processes.
 //! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
 //!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile.
 //!         A coherent device's memory is its own, and stays with it.
-//! Locks   none: one atomic per page and one per group.
+//! Locks   none for pages: one atomic per page, one per group, one per shard of groups when a page becomes live or free.
+//!         A registry has one, for those who register; it is not held while anybody is called or waited for.
+//!         The list of what is bad, and the ledger, each have one, innermost.
 //! Fails   a full device gives no page. A count that would fall below zero is a bug and panics in debug
 //!         builds; release builds leave the page allocated, which loses space and never data.
 
+mod builder;
 mod descriptors;
+mod ledger;
 #[cfg(all(test, loom))]
 mod loom;
+mod ops;
+mod page;
+mod poison;
+mod ranges;
+mod readers;
+mod registry;
+pub mod resource;
+mod table;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::fmt;
+use core::ptr::NonNull;
 use core::sync::atomic::AtomicBool;
 
-use uhmm_addr::{CHUNK_PAGES, PageCount, Pfn, PfnRange, VaRange};
+use uhmm_addr::{Geometry, PageCount, Pfn, PfnRange, VaRange};
 
+pub use builder::{PagemapBuilder, RegisterError};
 pub use descriptors::{DescriptorMemory, GROUP_PAGES};
+pub use ops::PagemapOps;
+pub use page::{PageError, PageRange, PageRef, UniquePages, release_pages};
+pub use poison::{Failure, FailureError, Mapper, Poisoned, Told};
+pub use registry::{Holder, Reader, Registry, UnregisterError};
 
 use crate::device::{Device, DevicePage, MemoryType};
 use crate::notifier::Owner;
-use crate::sync::{AtomicUsize, Ordering};
-use descriptors::Descriptors;
+use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park};
+use descriptors::{Descriptors, Left, Shape};
+use ledger::{Entry, Ledger};
+use poison::Bad;
+use ranges::Ranges;
 
-/// A range of pfns, the device behind them, and their descriptors.
+/// Ranges of pfns, the device behind them, and their descriptors.
 pub struct Pagemap {
-    start: Pfn,
+    name: Box<str>,
+    memory_type: MemoryType,
+    ranges: Ranges,
     device: Arc<dyn Device>,
     owner: Owner,
     // Where a coherent device's pages lie while they are not mapped in place.
     memory: Option<VaRange>,
+    ops: Option<Arc<dyn PagemapOps>>,
     descriptors: Descriptors,
     // Whether this process gives no page out.
     stopped: AtomicBool,
+    // Whether a registry keeps it, so that there can be handles.
+    registered: AtomicBool,
     // Where this process's last search ended; only a hint.
     cursor: AtomicUsize,
+    bad: Bad,
+    ledger: Ledger,
+    park: Arc<dyn Park>,
 }
 
 impl fmt::Debug for Pagemap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pagemap")
+            .field("name", &self.name)
+            .field("type", &self.memory_type)
             .field("range", &self.range())
-            .field("device", &self.device.name())
+            .field("geometry", &self.geometry())
             .field("owner", &self.owner)
             .finish_non_exhaustive()
     }
 }
 
 impl Pagemap {
-    /// Registers `device` at `start`, with descriptors of its own.
+    /// The device's pages at `start`, in 4K pages with descriptors of their own. It is in no registry: its pages are counted by
+    /// number.
     pub fn new(start: Pfn, device: Arc<dyn Device>) -> Self {
-        let pages = device.capacity();
-        Self::with(start, device, Descriptors::owned(pages))
+        let shape = Shape { units: device.capacity().get(), data: false };
+        Self::with(start, device, Descriptors::owned(shape))
     }
 
-    /// Registers `device` at `start`, with descriptors in memory that the caller provides: see
+    /// The same, with descriptors in memory that the caller provides: see
     /// [`DescriptorMemory`] for how much. Processes that map the same memory share the pages.
     ///
     /// # Safety
@@ -74,19 +110,35 @@ impl Pagemap {
     /// 8, zero where nobody stored anything, valid as long as the pagemap lives, and be used as the
     /// descriptors of this one device only.
     pub unsafe fn over(start: Pfn, device: Arc<dyn Device>, memory: DescriptorMemory) -> Self {
-        // SAFETY: the caller's promise is the constructor's.
-        let descriptors = unsafe { Descriptors::over(memory, device.capacity()) };
+        let shape = Shape { units: device.capacity().get(), data: false };
+        // SAFETY: the caller's promise is the constructor's; without a registry there are no handles that could outlive us.
+        let descriptors = unsafe { Descriptors::over(memory, shape) };
         Self::with(start, device, descriptors)
     }
 
     fn with(start: Pfn, device: Arc<dyn Device>, descriptors: Descriptors) -> Self {
-        // No two ranges of a space begin at one pfn, and every process that has the pagemap has the same one.
-        let owner = Owner(Owner::FIRST_OWN | start.get());
-        let (stopped, cursor) = (AtomicBool::new(false), AtomicUsize::new(0));
-        let coherent = device.memory_type() == MemoryType::Coherent;
-        let memory = device.memory().filter(|_| coherent).map(|memory| memory.range());
-        debug_assert!(memory.is_none_or(|memory| memory.pages() == device.capacity()));
-        Self { start, device, owner, memory, descriptors, stopped, cursor }
+        let range = PfnRange::new(start, device.capacity());
+        Self {
+            name: device.name().into(),
+            memory_type: device.memory_type(),
+            ranges: Ranges::new([range], Geometry::K4, PageCount::ZERO),
+            owner: Owner::of_own(start),
+            memory: place_of(&*device),
+            device,
+            ops: None,
+            descriptors,
+            stopped: AtomicBool::new(false),
+            registered: AtomicBool::new(false),
+            cursor: AtomicUsize::new(0),
+            bad: Bad::default(),
+            ledger: Ledger::new(),
+            park: Arc::new(Spin),
+        }
+    }
+
+    /// A pagemap for a [`Registry`]. `name` is what the ranges are called in the resource tree.
+    pub fn builder(name: impl Into<Box<str>>, memory_type: MemoryType) -> PagemapBuilder {
+        PagemapBuilder::new(name.into(), memory_type)
     }
 
     /// The same, as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
@@ -95,24 +147,59 @@ impl Pagemap {
         Self { owner, ..self }
     }
 
+    /// What it is called: the device's name, or what the builder was given.
+    pub const fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How the CPU sees its pages.
+    pub const fn memory_type(&self) -> MemoryType {
+        self.memory_type
+    }
+
     /// Whose pages these are (the kernel's `pgmap->owner`).
     pub const fn owner(&self) -> Owner {
         self.owner
     }
 
-    /// The pfns that belong to it.
-    pub fn range(&self) -> PfnRange {
-        PfnRange::new(self.start, self.device.capacity())
+    /// The size of its compound pages.
+    pub const fn geometry(&self) -> Geometry {
+        self.ranges.geometry()
     }
 
-    /// The device behind it.
+    /// The first range of pfns that belong to it; the only one, unless it was built with more.
+    pub fn range(&self) -> PfnRange {
+        self.ranges.first()
+    }
+
+    /// Every range, in the order of the device's pages.
+    pub fn ranges(&self) -> impl Iterator<Item = PfnRange> {
+        self.ranges.iter()
+    }
+
+    /// Whether `pfn` belongs to it.
+    pub fn contains(&self, pfn: Pfn) -> bool {
+        self.ranges.page_of(pfn).is_some()
+    }
+
+    /// Pages at the start of the first range that hold the descriptors, and nothing else.
+    pub const fn reserved(&self) -> PageCount {
+        self.ranges.reserved()
+    }
+
+    /// The device behind it; one that does nothing, if it was built without.
     pub fn device(&self) -> &dyn Device {
         &*self.device
     }
 
     /// The device's own number for `pfn`.
     pub fn device_page(&self, pfn: Pfn) -> DevicePage {
-        DevicePage(pfn.since(self.start).get() as u64)
+        DevicePage(self.page_index(pfn) as u64)
+    }
+
+    /// The pfn of a page of the device (`dax_pgoff_to_phys`); `None` behind its end.
+    pub fn pfn_of(&self, page: DevicePage) -> Option<Pfn> {
+        ((page.0 as usize) < self.ranges.pages().get()).then(|| self.ranges.pfn_of(page.0 as usize))
     }
 
     /// The memory of a device whose pages are mapped in place.
@@ -123,17 +210,24 @@ impl Pagemap {
     /// Where these pages lie while they are not mapped in place, on a device whose pages can be.
     pub(crate) fn place(&self, pages: PfnRange) -> Option<VaRange> {
         let memory = self.memory?;
-        Some(memory.skip(PageCount::new(self.index(pages.start)))?.take(pages.pages))
+        Some(memory.skip(PageCount::new(self.page_index(pages.start)))?.take(pages.pages))
     }
 
-    /// Pages in use, by every process that shares the descriptors.
+    /// Pages in use, by every process that shares the descriptors; compound pages count whole.
     pub fn live(&self) -> PageCount {
-        self.descriptors.live()
+        PageCount::new(self.descriptors.live() << self.geometry().order())
+    }
+
+    fn page_index(&self, pfn: Pfn) -> usize {
+        self.ranges.page_of(pfn).unwrap_or_else(|| panic!("{pfn:?} belongs to another pagemap"))
     }
 
     fn index(&self, pfn: Pfn) -> usize {
-        debug_assert!(self.range().contains(pfn), "{pfn:?} belongs to another pagemap");
-        pfn.since(self.start).get()
+        self.ranges.unit_of(pfn).unwrap_or_else(|| panic!("{pfn:?} belongs to another pagemap"))
+    }
+
+    fn is_registered(&self) -> bool {
+        self.registered.load(core::sync::atomic::Ordering::Acquire)
     }
 
     /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4).
@@ -145,58 +239,125 @@ impl Pagemap {
         self.stopped.load(core::sync::atomic::Ordering::Acquire)
     }
 
-    /// Allocates up to `most` consecutive pages, each with one reference. `None` if the device is full, or its
-    /// allocation stopped.
-    #[must_use = "the pages stay allocated until each is put"]
-    pub fn allocate(&self, most: PageCount) -> Option<PfnRange> {
+    fn allocate_units(&self, most: PageCount, sole: bool) -> Option<(usize, usize)> {
         if self.is_stopped() {
             return None;
         }
         let from = self.cursor.load(Ordering::Relaxed);
-        let (first, len) = self.descriptors.allocate(from, most.get())?;
+        let most = (most.get() >> self.geometry().order()).max(1);
+        let border = |unit| self.ranges.border(unit);
+        let (first, len) = self.descriptors.allocate(from, most, sole, border)?;
         self.cursor.store(first + len, Ordering::Relaxed);
-        Some(PfnRange::new(self.start.forward(PageCount::new(first)), PageCount::new(len)))
+        Some((first, len))
     }
 
-    /// Allocates 512 consecutive pages that start at a multiple of 512. `None` if no such group is free.
+    /// Allocates up to `most` consecutive pages, at least one compound page, each compound page with one reference. `None` if
+    /// the device is full, or its allocation stopped.
+    #[must_use = "the pages stay allocated until each is put"]
+    pub fn allocate(&self, most: PageCount) -> Option<PfnRange> {
+        self.allocate_units(most, false).map(|(first, len)| self.ranges.pfns(first, len))
+    }
+
+    /// Allocates 512 consecutive compound pages that start at a multiple of 512. `None` if no such group is free.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate_huge(&self) -> Option<PfnRange> {
         if self.is_stopped() {
             return None;
         }
-        let first = self.descriptors.allocate_group()?;
-        Some(PfnRange::new(self.start.forward(PageCount::new(first)), PageCount::new(CHUNK_PAGES)))
+        let first = self.descriptors.allocate_group(|unit| self.ranges.border(unit))?;
+        Some(self.ranges.pfns(first, GROUP_PAGES))
     }
 
-    /// One more reference to a page that is in use.
+    /// One more reference to a page that is in use: to its compound page.
     pub fn get(&self, pfn: Pfn) {
-        self.descriptors.get(self.index(pfn));
+        Descriptors::get(self.descriptors.unit(self.index(pfn)));
     }
 
-    /// One reference less; the last one frees the page.
+    /// One reference less; the last one frees the compound page.
     pub fn put(&self, pfn: Pfn) {
-        self.descriptors.put(self.index(pfn));
+        self.put_indices(self.index(pfn), 1);
     }
 
-    /// One reference less to each page of `pages`; those that were the last ones free their pages.
+    /// One reference less to each compound page of which there are pages in `pages`, which lie in one range; those that
+    /// were the last ones free their pages.
     pub fn put_range(&self, pages: PfnRange) {
-        let (mut first, end) = (self.index(pages.start), self.index(pages.start) + pages.pages.get());
+        let units = self.ranges.units_of(pages);
+        let (first, units) = units.unwrap_or_else(|| panic!("{pages:?} belongs to another pagemap"));
+        self.put_indices(first, units);
+    }
+
+    fn put_indices(&self, first: usize, units: usize) {
+        // SAFETY: the references are given up by the caller, and `self` is borrowed.
+        unsafe { Self::put_units(NonNull::from(self), first, units, &mut Left::count_out) };
+    }
+
+    /// One reference less to each of these units, in steps of a group; `count_out` is given what each step freed, and what
+    /// the last one freed as the last thing that is done.
+    ///
+    /// # Safety
+    /// `this` must be valid, and the caller must have those references. What [`Descriptors::put`] says of the end holds here.
+    unsafe fn put_units(
+        this: NonNull<Self>,
+        mut first: usize,
+        units: usize,
+        count_out: &mut dyn FnMut(Left),
+    ) {
+        let end = first + units;
         while first < end {
             let len = (GROUP_PAGES - first % GROUP_PAGES).min(end - first);
-            self.descriptors.put_range(first, len);
+            // SAFETY: the references from `first` on keep it.
+            let map = unsafe { this.as_ref() };
+            let freed = |unit: usize, units: usize| map.tell_freed(unit, units);
+            let freed: Option<&dyn Fn(usize, usize)> = if map.ops.is_some() { Some(&freed) } else { None };
+            // SAFETY: the caller's promise.
+            if let Some(left) =
+                unsafe { Descriptors::put(NonNull::from(&map.descriptors), first, len, freed) }
+            {
+                count_out(left);
+            }
             first += len;
         }
     }
 
-    /// References to `pfn`; 0 for a free page. A snapshot.
+    /// Tells the driver of units that are free when he returns.
+    fn tell_freed(&self, mut unit: usize, units: usize) {
+        let end = unit + units;
+        while unit < end {
+            let len = self.ranges.border(unit).min(end) - unit;
+            if let Some(ops) = &self.ops {
+                ops.page_free(self, self.ranges.pfns(unit, len));
+            }
+            unit += len;
+        }
+    }
+
+    /// A handle's line leaves the ledger. Whether a unit that is freed is to be held until the driver was told.
+    fn forget_handle(&self, entry: &Entry) -> bool {
+        self.ledger.leave(&*self.park, entry);
+        self.ops.is_some()
+    }
+
+    fn freed(&self, unit: usize) -> Left {
+        let tell = |unit: usize, units: usize| self.tell_freed(unit, units);
+        self.descriptors.freed(unit, if self.ops.is_some() { Some(&tell) } else { None })
+    }
+
+    /// References to the compound page of `pfn`; 0 for a free page. A snapshot.
     pub fn count(&self, pfn: Pfn) -> u32 {
         self.descriptors.count(self.index(pfn))
+    }
+
+    /// A word of the compound page's own, for whoever maps it: which file it is of and where, for instance
+    /// (`page->mapping` and `page->index`, set on the head alone). Zero until something is stored; the pagemap never does.
+    /// `None` for private and coherent pages, whose page words say whose they are.
+    pub fn page_data(&self, pfn: Pfn) -> Option<&AtomicU64> {
+        self.descriptors.data(self.ranges.unit_of(pfn)?)
     }
 
     /// Frees every page, whatever its count: for whoever knows that no reference is left, as when every process
     /// that held some is gone and some were killed while they held them. Returns the pages freed.
     pub fn free_all(&self) -> PageCount {
-        self.descriptors.free_all()
+        PageCount::new(self.descriptors.free_all() << self.geometry().order())
     }
 
     /// Gives the space of up to `most` groups that fell empty back to whoever lent it to the device.
@@ -208,15 +369,35 @@ impl Pagemap {
         for _ in 0..most {
             let Some(group) = self.descriptors.guard_idle_group() else { break };
             let first = group * GROUP_PAGES;
-            let len = PageCount::new(GROUP_PAGES.min(self.device.capacity().get() - first));
+            let len = GROUP_PAGES.min(self.ranges.units() - first) << self.geometry().order();
+            let len = PageCount::new(len);
             // A device that refuses keeps the space, and the pages can be used again all the same.
-            if self.device.discard(DevicePage(first as u64), len).is_ok() {
+            if self.device.discard(DevicePage(self.ranges.head(first) as u64), len).is_ok() {
                 pages = pages.plus(len);
             }
             self.descriptors.unguard(group);
         }
         pages
     }
+}
+
+/// Where a coherent device's pages lie.
+fn place_of(device: &dyn Device) -> Option<VaRange> {
+    let coherent = device.memory_type() == MemoryType::Coherent;
+    let memory = device.memory().filter(|_| coherent).map(|memory| memory.range());
+    debug_assert!(memory.is_none_or(|memory| memory.pages() == device.capacity()));
+    memory
+}
+
+/// Waits by looking again, where locks are held for a few instructions.
+struct Spin;
+
+impl Park for Spin {
+    fn park(&self, _word: &crate::sync::AtomicU32, _expected: u32) {
+        crate::sync::relax();
+    }
+
+    fn unpark(&self, _word: &crate::sync::AtomicU32) {}
 }
 
 /// The pagemaps of one address space.
@@ -229,13 +410,20 @@ impl PagemapSet {
     /// These pagemaps, whose ranges are disjoint.
     ///
     /// # Panics
-    /// If two ranges overlap.
+    /// If two ranges overlap, or pages are larger than 4K.
     pub fn new(maps: impl IntoIterator<Item = Arc<Pagemap>>) -> Self {
         let maps: Box<[_]> = maps.into_iter().collect();
         for (n, map) in maps.iter().enumerate() {
-            for other in &maps[..n] {
-                let (a, b) = (map.range(), other.range());
-                assert!(a.end() <= b.start || b.end() <= a.start, "{a:?} overlaps {b:?}");
+            assert!(
+                map.geometry() == Geometry::K4,
+                "the words of a space count pages of 4K, not of {}",
+                map.geometry()
+            );
+            for (a, b) in maps[..n]
+                .iter()
+                .flat_map(|other| map.ranges().flat_map(|a| other.ranges().map(move |b| (a, b))))
+            {
+                assert!(!a.overlaps(b), "{a:?} overlaps {b:?}");
             }
         }
         Self { maps }
@@ -246,7 +434,7 @@ impl PagemapSet {
     /// # Panics
     /// If there is none: pfns come from page words, which hold pfns of registered pagemaps only.
     pub fn of(&self, pfn: Pfn) -> &Arc<Pagemap> {
-        self.maps.iter().find(|map| map.range().contains(pfn)).expect("a pfn without a pagemap")
+        self.maps.iter().find(|map| map.contains(pfn)).expect("a pfn without a pagemap")
     }
 
     /// All of them.

@@ -5,10 +5,11 @@ use std::sync::Mutex;
 use std::vec;
 use std::vec::Vec;
 
-use uhmm_addr::{PageCount, Pfn, PfnRange};
+use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange};
 
-use super::descriptors::Descriptors;
-use super::{DescriptorMemory, GROUP_PAGES, Pagemap, PagemapSet};
+use super::descriptors::{Descriptors, Left, Shape};
+use super::resource::ResourceKind;
+use super::{DescriptorMemory, GROUP_PAGES, PageError, Pagemap, PagemapSet, Registry, UnregisterError};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;
 
@@ -176,16 +177,18 @@ fn trim_of_the_short_group_at_the_end() {
 
 #[test]
 fn a_guard_keeps_allocation_out() {
-    let counts = Descriptors::owned(PageCount::new(GROUP_PAGES));
+    let counts = Descriptors::owned(Shape { units: GROUP_PAGES, data: false });
     assert_eq!(counts.guard_idle_group(), None, "never used");
-    assert_eq!(counts.allocate(0, 1), Some((0, 1)));
+    let end = |_| GROUP_PAGES;
+    assert_eq!(counts.allocate(0, 1, false, end), Some((0, 1)));
     assert_eq!(counts.guard_idle_group(), None, "in use");
-    counts.put(0);
+    // SAFETY: the reference of the allocation.
+    unsafe { Descriptors::put(core::ptr::NonNull::from(&counts), 0, 1, None) }.map(Left::count_out);
     assert_eq!(counts.guard_idle_group(), Some(0));
     assert_eq!(counts.guard_idle_group(), None, "guarded already");
-    assert_eq!((counts.allocate(0, 1), counts.allocate_group()), (None, None));
+    assert_eq!((counts.allocate(0, 1, false, end), counts.allocate_group(end)), (None, None));
     counts.unguard(0);
-    assert_eq!(counts.allocate_group(), Some(0));
+    assert_eq!(counts.allocate_group(end), Some(0));
 }
 
 #[test]
@@ -223,4 +226,35 @@ fn overlapping_pagemaps_are_refused() {
 #[should_panic(expected = "a pfn without a pagemap")]
 fn a_pfn_of_nobody_is_a_bug() {
     let _ = PagemapSet::default().of(Pfn::new(1));
+}
+
+fn registry() -> Registry {
+    Registry::new(Arc::new(super::Spin))
+}
+
+#[test]
+fn a_pagemap_comes_and_goes() {
+    let registry = registry();
+    let region = registry.resources(|tree| {
+        let kind = ResourceKind::PersistentMemory;
+        tree.request_free_region(
+            PageCount::new(4 * CHUNK_PAGES),
+            PageCount::new(CHUNK_PAGES),
+            "region0",
+            kind,
+        )
+    });
+    let region = region.unwrap();
+    let builder = Pagemap::builder("dax0.0", MemoryType::Generic).range(region.range).geometry(Geometry::M2);
+    let map = registry.register(builder).unwrap();
+    let tail = region.range.start.forward(PageCount::new(CHUNK_PAGES + 3));
+    let page = registry.page(tail).unwrap();
+    assert_eq!((page.head(), page.count()), (region.range.start.forward(PageCount::new(CHUNK_PAGES)), 1));
+    assert!(Arc::ptr_eq(&registry.find(tail).unwrap(), &map));
+    let busy = registry.unregister(&map, &mut |_| false).unwrap_err();
+    assert!(matches!(&busy, UnregisterError::Busy { live, .. } if live.get() == CHUNK_PAGES), "{busy}");
+    drop((page.clone(), page));
+    registry.unregister(&map, &mut |_| false).unwrap();
+    assert!(registry.find(tail).is_none());
+    assert!(matches!(map.page(tail), Err(PageError::Dying(_))));
 }

@@ -50,6 +50,10 @@ impl<T> Locked<T> {
         self.gate.try_write(park).map(|alone| Held { locked: self, _alone: alone, _stays: PhantomData })
     }
 
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        self.value.get_mut()
+    }
+
     pub(crate) fn into_inner(self) -> T {
         self.value.into_inner()
     }

@@ -52,7 +52,7 @@ impl Nursery<'_> {
 
     /// The pfn of a word, if it is the device's. Words come from other processes.
     fn pfn(&self, word: PageWord) -> Option<Pfn> {
-        word.pfn().filter(|pfn| self.pagemap.range().contains(*pfn))
+        word.pfn().filter(|pfn| self.pagemap.contains(*pfn))
     }
 
     /// One more reference to what the word owns.
