@@ -1,11 +1,16 @@
 //! Directly mapped memory: namespaces with labels, and what is made of them.
 //!
-//! What     [`store`], a file or memory that is divided into namespaces by labels which survive any crash.
+//! What     [`store`], a file or memory that is divided into namespaces by labels which survive any crash;
+//!          [`device`], a namespace that is mapped in pages of one size.
 //! Why      what the kernel offers for persistent memory (device-dax, fs-dax, namespaces) is worth having for
 //!          memory that no firmware announces: a file, huge pages, a server's spare RAM.
 //! Knows    `uhmm-addr`'s units, `uhmm-core`'s pagemaps and `uhmm-sys`; nothing of spaces and migration.
 //! Source   `drivers/dax`, `drivers/nvdimm`, `fs/dax.c` of Linux; `ndctl` and `daxctl` for names and forms.
 
+pub mod device;
+mod machine;
 pub mod store;
 
+pub use device::{DaxMapping, Device, Faults};
+pub use machine::machine;
 pub use store::{Change, ChangeError, Mode, Namespace, NamespaceId, OpenError, Spec, Store};

@@ -16,7 +16,9 @@ use crate::store::{ChangeError, Mode};
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The namespace is for something else.
-    #[error("{device} is in the mode {mode}; to use it as a device: uhmm dax reconfigure --mode devdax {device}")]
+    #[error(
+        "{device} is in the mode {mode}; to use it as a device: uhmm dax reconfigure --mode devdax {device}"
+    )]
     Mode {
         /// The namespace.
         device: String,
@@ -30,7 +32,9 @@ pub enum DeviceError {
     #[error("{0}; with Faults::Kernel the kernel serves them by itself")]
     Userfault(#[from] uffd::OpenError),
     /// This kernel has no minor faults of this kind of memory.
-    #[error("this kernel tells of no minor faults on {0}, for which Linux 5.13 (huge pages) or 5.14 is needed; with Faults::Kernel the kernel serves them by itself")]
+    #[error(
+        "this kernel tells of no minor faults on {0}, for which Linux 5.13 (huge pages) or 5.14 is needed; with Faults::Kernel the kernel serves them by itself"
+    )]
     NoMinorFaults(&'static str),
     /// No handler of SIGBUS can be installed.
     #[error(transparent)]
@@ -104,7 +108,9 @@ pub enum MapError {
         size: ByteSize,
     },
     /// A store to it would not be safe by a flush alone (`EOPNOTSUPP`).
-    #[error("{device} lies on a file whose pages are copies: stores are safe after DaxMapping::flush alone; leave sync out")]
+    #[error(
+        "{device} lies on a file whose pages are copies: stores are safe after DaxMapping::flush alone; leave sync out"
+    )]
     NoSync {
         /// The device.
         device: String,

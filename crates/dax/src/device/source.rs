@@ -5,8 +5,7 @@
 //! Owns     the open file, and the claim that keeps the namespace from being changed.
 
 use std::fs;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,8 +24,6 @@ pub(super) struct Section {
     pub(super) len: u64,
     /// Where it begins in the file, in bytes.
     pub(super) at: u64,
-    /// Where it begins in the store, in pages.
-    pub(super) in_store: u64,
 }
 
 /// Where a device's bytes are.
@@ -37,15 +34,17 @@ pub(super) struct Source {
     pub(super) kind: Kind,
     pub(super) file: OwnedFd,
     pub(super) sections: Vec<Section>,
-    /// Pages of the store, or of the device if there is none.
-    pub(super) capacity: u64,
     /// The store and what keeps the namespace; none for a node of the kernel's.
     pub(super) store: Option<(Arc<Store>, Claim)>,
 }
 
 impl Source {
     /// A namespace.
-    pub(super) fn namespace(store: &Arc<Store>, id: NamespaceId, purpose: Purpose) -> Result<Self, DeviceError> {
+    pub(super) fn namespace(
+        store: &Arc<Store>,
+        id: NamespaceId,
+        purpose: Purpose,
+    ) -> Result<Self, DeviceError> {
         let claim = store.claim(id)?;
         let (name, namespace) = (claim.device_name().to_owned(), claim.namespace());
         if namespace.mode != purpose {
@@ -58,13 +57,11 @@ impl Source {
             page: piece.page,
             len: piece.extent.len,
             at: medium.offset(piece.extent),
-            in_store: piece.extent.start,
         });
         Ok(Self {
             align: namespace.align,
             kind: medium.kind(),
             sections: sections.collect(),
-            capacity: medium.capacity(),
             name,
             file,
             store: Some((store.clone(), claim)),
@@ -84,8 +81,8 @@ impl Source {
         let (size, align) = attributes(&sysfs.join("dev/char").join(number)).map_err(not)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let pages = size / PAGE_SIZE as u64;
-        let sections = vec![Section { page: 0, len: pages, at: 0, in_store: 0 }];
-        Ok(Self { name, align, kind: Kind::Dax, file, sections, capacity: pages, store: None })
+        let sections = vec![Section { page: 0, len: pages, at: 0 }];
+        Ok(Self { name, align, kind: Kind::Dax, file, sections, store: None })
     }
 
     /// Pages in it.
@@ -108,14 +105,8 @@ impl Source {
                 page: from,
                 len: to - from,
                 at: section.at + skip * PAGE_SIZE as u64,
-                in_store: section.in_store + skip,
             })
         })
-    }
-
-    /// Another descriptor of the same file.
-    pub(super) fn file(&self) -> io::Result<OwnedFd> {
-        self.file.as_fd().try_clone_to_owned()
     }
 }
 

@@ -266,10 +266,12 @@ impl Store {
         let done = change(&mut table)?;
         labels.write(self.medium.labels(), table)?;
         let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
-        bells.retain(|bell| bell.upgrade().is_some_and(|bell| {
-            bell.ring();
-            true
-        }));
+        bells.retain(|bell| {
+            bell.upgrade().is_some_and(|bell| {
+                bell.ring();
+                true
+            })
+        });
         Ok(done)
     }
 
