@@ -10,6 +10,7 @@
 pub mod device;
 mod machine;
 pub mod store;
+pub mod yardstick;
 
 pub use device::{DaxMapping, Device, Faults};
 pub use machine::machine;

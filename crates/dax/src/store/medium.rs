@@ -195,8 +195,13 @@ impl Medium {
         &*self.labels
     }
 
-    /// Makes `pages` zero: they belonged to somebody else (rule R9).
+    /// Makes `pages` zero, for they belonged to somebody else (rule R9) or are bad. Returns when that is safe.
     pub(super) fn zero(&self, pages: Extent) -> io::Result<()> {
+        self.write_zero(pages)?;
+        if matches!(self.kind, Kind::PageCache | Kind::Dax) { self.file.sync_data() } else { Ok(()) }
+    }
+
+    fn write_zero(&self, pages: Extent) -> io::Result<()> {
         let (at, len) = (self.offset(pages), pages.bytes());
         match rustix::fs::fallocate(&self.file, FallocateFlags::ZERO_RANGE, at, len) {
             Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {}

@@ -197,6 +197,26 @@ impl Store {
         self.change(|table| Ok(table.mark(id, offset, len, bad)?))
     }
 
+    /// Mends the bad pages among `len` bytes from `offset` of a namespace on, by writing them whole, with zeros. How many
+    /// there were.
+    pub fn clear_error(&self, id: NamespaceId, offset: u64, len: u64) -> Result<PageCount, ChangeError> {
+        self.change(|table| {
+            let before = table.bad().clone();
+            table.mark(id, offset, len, false)?;
+            let mut cleared = 0;
+            for run in before.runs() {
+                let mut mended = BadPages::new();
+                mended.add(*run);
+                table.bad().among(*run).for_each(|still| _ = mended.clear(still));
+                for run in mended.runs() {
+                    self.medium.zero(*run)?;
+                    cleared += run.len as usize;
+                }
+            }
+            Ok(PageCount::new(cleared))
+        })
+    }
+
     /// `bell` rings at every change that is made through this value, as long as anybody keeps it. Changes made by
     /// others are seen by a [`Watch`](uhmm_sys::watch::Watch) of the file.
     pub fn tell(&self, bell: &Arc<Bell>) {
