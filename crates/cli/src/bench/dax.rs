@@ -1,6 +1,8 @@
 //! Rows about devices that are mapped: the first touch of a huge page, and copying through a mapping.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uhmm::ByteSize;
 use uhmm_addr::Geometry;
@@ -34,25 +36,40 @@ fn mapped(size: ByteSize, faults: Faults) -> Result<DaxMapping, RowError> {
     device.map(0, size.bytes()).map_err(RowError::unavailable)
 }
 
-/// The thread that touches a page answers its own fault, against the request that maps it and nothing else.
+/// The thread that touches a page answers its own fault, against the same with nothing around the request.
 pub(crate) fn first_touch(name: &'static str, scale: Scale) -> Result<Measure, RowError> {
+    touches(name, scale, Faults::Signal, "bare SIGBUS + UFFDIO_CONTINUE of 2M", |raw| raw.run_faults())
+}
+
+/// The kernel answers, against the request that maps a page where nobody has touched it.
+pub(crate) fn first_touch_kernel(name: &'static str, scale: Scale) -> Result<Measure, RowError> {
+    touches(name, scale, Faults::Kernel, "UFFDIO_CONTINUE of 2M, no fault", |raw| raw.run())
+}
+
+fn touches(
+    name: &'static str,
+    scale: Scale,
+    faults: Faults,
+    limit_name: &'static str,
+    limit: impl Fn(&mut Box<Continue>) -> io::Result<Duration>,
+) -> Result<Measure, RowError> {
     let size = scale.pick(SIZE, QUICK);
     need(ByteSize::new(2 * size.bytes()))?;
-    let mapping = mapped(size, Faults::Signal)?;
-    let raw = Continue::new(size).map_err(RowError::unavailable)?;
+    let mapping = mapped(size, faults)?;
+    let mut raw = Continue::new(size).map_err(RowError::unavailable)?;
     let pages = (size.bytes() as usize / Huge::M2.bytes()) as u32;
     let mut pair = Pair::default();
     for round in 0..scale.warm_up() + scale.rounds() {
         let before = mapping.faults();
         let ours = touch(&mapping);
-        if mapping.faults() - before != u64::from(pages) {
+        if faults == Faults::Signal && mapping.faults() - before != u64::from(pages) {
             return Err(RowError::WrongData { page: 0 });
         }
         mapping.forget().map_err(RowError::unavailable)?;
-        let limit = raw.run().map_err(RowError::yardstick)?;
+        let limit = limit(&mut raw).map_err(RowError::yardstick)?;
         pair.add(scale, round, ours / pages, limit / pages);
     }
-    Ok(pair.measure(name, "us", microseconds, "UFFDIO_CONTINUE of 2M, no fault", 0.5))
+    Ok(pair.measure(name, "us", microseconds, limit_name, 0.5))
 }
 
 /// A buffer is copied to a device, and to huge pages that are merely there.

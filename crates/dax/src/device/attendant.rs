@@ -15,36 +15,69 @@ use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use uhmm_addr::VaRange;
+use uhmm_addr::{VaRange, VirtAddr};
 use uhmm_sys::signals::Blocked;
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
 use uhmm_sys::watch::{Bell, Watch};
 
 use super::mapped::Outcome;
+use super::source::Source;
 use super::{Core, Faults};
+
+/// What has such a thread.
+pub(crate) trait Attended: Send + Sync {
+    /// Its name, and the store whose labels are to be followed.
+    fn source(&self) -> &Source;
+    /// Makes everything agree with the labels.
+    fn follow_labels(&self);
+    /// Where its faults are told, if this thread is to answer them.
+    fn faults(&self) -> Option<&Arc<Uffd>>;
+    /// Answers a fault.
+    fn resolve(&self, addr: VirtAddr) -> Outcome;
+}
+
+impl Attended for Core {
+    fn source(&self) -> &Source {
+        &self.source
+    }
+
+    fn follow_labels(&self) {
+        // The next change brings another try.
+        let _ = Core::follow_labels(self);
+    }
+
+    fn faults(&self) -> Option<&Arc<Uffd>> {
+        self.uffd.as_ref().filter(|_| self.faults == Faults::Threads)
+    }
+
+    fn resolve(&self, addr: VirtAddr) -> Outcome {
+        self.part_at(addr).map_or(Outcome::Gone, |part| part.resolve(addr))
+    }
+}
 
 /// The thread of a device.
 #[derive(Debug)]
-pub(super) struct Attendant {
+pub(crate) struct Attendant {
     bell: Arc<Bell>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Attendant {
-    pub(super) fn start(core: &Arc<Core>) -> io::Result<Self> {
+    pub(crate) fn start(core: Arc<dyn Attended>) -> io::Result<Self> {
         let bell = Arc::new(Bell::new()?);
         let stop = Arc::new(AtomicBool::new(false));
         let mut watch = None;
-        if let Some((store, _)) = &core.source.store {
+        let source = core.source();
+        if let Some((store, _)) = &source.store {
             store.tell(&bell);
             if store.medium().path().is_some() {
-                watch = Some(Watch::new(core.source.file.as_fd())?);
+                watch = Some(Watch::new(source.file.as_fd())?);
             }
         }
-        let uffd = core.uffd.clone().filter(|_| core.faults == Faults::Threads);
-        let rounds = Rounds { core: core.clone(), bell: bell.clone(), stop: stop.clone(), watch, uffd };
-        let thread = thread::Builder::new().name(core.source.name.clone());
+        let name = source.name.clone();
+        let rounds = Rounds { core, bell: bell.clone(), stop: stop.clone(), watch };
+        let thread = thread::Builder::new().name(name);
         let thread = thread.spawn(move || rounds.go())?;
         Ok(Self { bell, stop, thread: Some(thread) })
     }
@@ -62,11 +95,10 @@ impl Drop for Attendant {
 }
 
 struct Rounds {
-    core: Arc<Core>,
+    core: Arc<dyn Attended>,
     bell: Arc<Bell>,
     stop: Arc<AtomicBool>,
     watch: Option<Watch>,
-    uffd: Option<Arc<Uffd>>,
 }
 
 impl Rounds {
@@ -80,8 +112,7 @@ impl Rounds {
             }
             let changed = self.watch.as_ref().is_some_and(Watch::changed);
             if self.bell.rang() || changed {
-                // The next change brings another try.
-                let _ = self.core.follow_labels();
+                self.core.follow_labels();
             }
             if ready {
                 self.faults(&mut events);
@@ -93,9 +124,9 @@ impl Rounds {
     fn wait(&self) -> bool {
         let mut fds = vec![PollFd::new(&*self.bell, PollFlags::IN)];
         fds.extend(self.watch.as_ref().map(|watch| PollFd::new(watch, PollFlags::IN)));
-        fds.extend(self.uffd.as_ref().map(|uffd| PollFd::from_borrowed_fd(uffd.as_fd(), PollFlags::IN)));
+        fds.extend(self.core.faults().map(|uffd| PollFd::from_borrowed_fd(uffd.as_fd(), PollFlags::IN)));
         match poll(&mut fds, None) {
-            Ok(_) => self.uffd.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()),
+            Ok(_) => self.core.faults().is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()),
             Err(errno) => {
                 debug_assert!(errno == Errno::INTR, "{errno}");
                 false
@@ -104,12 +135,11 @@ impl Rounds {
     }
 
     fn faults(&self, events: &mut EventBuffer) {
-        let Some(uffd) = &self.uffd else { return };
+        let Some(uffd) = self.core.faults() else { return };
         while let ReadOutcome::Events(_) = uffd.read(events) {
             for event in &mut *events {
                 let Event::Fault { addr, .. } = event else { continue };
-                let Some(part) = self.core.part_at(addr) else { continue };
-                let outcome = part.resolve(addr);
+                let outcome = self.core.resolve(addr);
                 if outcome != Outcome::Present {
                     // What waits there looks once more, and finds SIGBUS or a page that was put back.
                     uffd.wake(VaRange::page(addr.page()));

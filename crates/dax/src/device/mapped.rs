@@ -33,7 +33,7 @@ use super::Core;
 
 /// What became of a fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     /// The page is there: try again.
     Present,
     /// Somebody is just changing what is there: try again.

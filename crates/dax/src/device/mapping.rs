@@ -12,7 +12,7 @@ use uhmm_addr::{PAGE_SIZE, VaRange};
 use uhmm_sys::dax::{Protection, flush};
 
 use super::mapped::Mapped;
-use super::reach::{self, Entered};
+use super::reach::{Entered, PARTS};
 use super::{Device, MapError, Owner};
 use crate::store::Kind;
 
@@ -39,7 +39,7 @@ impl Default for MapOptions {
 /// reached through raw pointers alone; and any access may end in SIGBUS, when a page is lost or the device was killed.
 #[derive(Debug)]
 pub struct DaxMapping {
-    entered: Entered,
+    entered: Entered<Mapped>,
     _owner: Arc<Owner>,
 }
 
@@ -76,7 +76,7 @@ impl Device {
         let (page, pages) = (offset / PAGE_SIZE as u64, len / PAGE_SIZE as u64);
         let part = Mapped::new(self.core(), page, pages, options.protection, sync).map_err(io)?;
         let part = Arc::new(part);
-        let entered = reach::enter(part.clone()).map_err(io)?;
+        let entered = PARTS.enter(part.clone(), part.window.range()).map_err(io)?;
         let mut parts = self.core().lock_parts();
         if parts.closed {
             return Err(MapError::Dead { device: device() });

@@ -13,12 +13,12 @@
 //!          (`kill_dev_dax`), `mm/memory-failure.c`.
 
 mod access;
-mod attendant;
+pub(crate) mod attendant;
 mod error;
-mod mapped;
+pub(crate) mod mapped;
 mod mapping;
-mod reach;
-mod source;
+pub(crate) mod reach;
+pub(crate) mod source;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -186,7 +186,7 @@ impl Device {
         });
         let _ = driver.core.set(Arc::downgrade(&core));
         core.follow_labels()?;
-        let attendant = Attendant::start(&core).map_err(|error| DeviceError::Io { device, error })?;
+        let attendant = Attendant::start(core.clone()).map_err(|error| DeviceError::Io { device, error })?;
         Ok(Self { owner: Arc::new(Owner { _attendant: attendant, core }) })
     }
 

@@ -17,30 +17,30 @@ use crate::store::{Claim, Kind, Mode as Purpose, NamespaceId, Store};
 
 /// Consecutive pages of a device that are consecutive in its file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Section {
+pub(crate) struct Section {
     /// The first page, counted from the device's first.
-    pub(super) page: u64,
+    pub(crate) page: u64,
     /// Length in pages.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// Where it begins in the file, in bytes.
-    pub(super) at: u64,
+    pub(crate) at: u64,
 }
 
 /// Where a device's bytes are.
 #[derive(Debug)]
-pub(super) struct Source {
-    pub(super) name: String,
-    pub(super) align: Geometry,
-    pub(super) kind: Kind,
-    pub(super) file: OwnedFd,
-    pub(super) sections: Vec<Section>,
+pub(crate) struct Source {
+    pub(crate) name: String,
+    pub(crate) align: Geometry,
+    pub(crate) kind: Kind,
+    pub(crate) file: OwnedFd,
+    pub(crate) sections: Vec<Section>,
     /// The store and what keeps the namespace; none for a node of the kernel's.
-    pub(super) store: Option<(Arc<Store>, Claim)>,
+    pub(crate) store: Option<(Arc<Store>, Claim)>,
 }
 
 impl Source {
     /// A namespace.
-    pub(super) fn namespace(
+    pub(crate) fn namespace(
         store: &Arc<Store>,
         id: NamespaceId,
         purpose: Purpose,
@@ -69,7 +69,7 @@ impl Source {
     }
 
     /// A node such as `/dev/dax0.0`, whose size and alignment `sysfs` knows.
-    pub(super) fn node(path: &Path, sysfs: &Path) -> Result<Self, DeviceError> {
+    pub(crate) fn node(path: &Path, sysfs: &Path) -> Result<Self, DeviceError> {
         let not = |why: String| DeviceError::NotANode { path: path.into(), why };
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| not(errno.to_string()))?;
@@ -86,17 +86,17 @@ impl Source {
     }
 
     /// Pages in it.
-    pub(super) fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.sections.last().map_or(0, |last| last.page + last.len)
     }
 
     /// Its size.
-    pub(super) fn size(&self) -> ByteSize {
+    pub(crate) fn size(&self) -> ByteSize {
         ByteSize::new(self.pages() * PAGE_SIZE as u64)
     }
 
     /// The parts of its sections that are in `page..page + len`, in order.
-    pub(super) fn locate(&self, page: u64, len: u64) -> impl Iterator<Item = Section> {
+    pub(crate) fn locate(&self, page: u64, len: u64) -> impl Iterator<Item = Section> {
         let end = page + len;
         self.sections.iter().filter_map(move |section| {
             let (from, to) = (section.page.max(page), (section.page + section.len).min(end));

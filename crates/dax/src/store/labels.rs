@@ -1,6 +1,6 @@
 //! The labels of a store: two copies, of which one is always whole.
 //!
-//! What     [`LabelArea`], the bytes they are in; [`Labels`], which reads the newest whole copy and writes the
+//! What     [`Labels`], in the bytes of an [`Area`]: it reads the newest whole copy and writes the
 //!          other one.
 //! Why      power may fail in the middle of a write, and a medium tears a write between sectors. The copy that is
 //!          in force is never written; a new label goes over the other one and is in force from the moment at
@@ -12,21 +12,11 @@
 
 use std::io;
 
-use super::Table;
 use super::label::{COPY_BYTES, Label, LabelFault, TooLong, decode, encode};
+use super::{Area, Table};
 
 /// Bytes for labels at the front of a store.
 pub const AREA_BYTES: u64 = 2 * COPY_BYTES as u64;
-
-/// Where labels are kept. `at` counts bytes from the area's first.
-pub trait LabelArea: Send + Sync + core::fmt::Debug {
-    /// Reads all of `into`.
-    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()>;
-    /// Writes all of `bytes`. They may be torn into sectors of 512 bytes by a crash, in any order.
-    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()>;
-    /// Returns when everything written is safe.
-    fn sync(&self) -> io::Result<()>;
-}
 
 /// Why there are no labels, or no new ones.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +62,7 @@ pub struct Labels {
 
 impl Labels {
     /// Reads both copies, and takes the newest that is whole.
-    pub fn read(area: &dyn LabelArea) -> Result<Self, LabelsError> {
+    pub fn read(area: &dyn Area) -> Result<Self, LabelsError> {
         let mut bytes = vec![0; COPY_BYTES];
         let mut copy = |number: u64| {
             area.read(number * COPY_BYTES as u64, &mut bytes)
@@ -93,7 +83,7 @@ impl Labels {
     }
 
     /// Writes the first labels of a blank area.
-    pub fn format(area: &dyn LabelArea, table: Table) -> Result<Self, LabelsError> {
+    pub fn format(area: &dyn Area, table: Table) -> Result<Self, LabelsError> {
         match Self::read(area) {
             Err(LabelsError::Blank) => {}
             Err(error) => return Err(error),
@@ -106,7 +96,7 @@ impl Labels {
     }
 
     /// Puts `table` in force, by the copy that is not.
-    pub fn write(&mut self, area: &dyn LabelArea, table: Table) -> Result<(), LabelsError> {
+    pub fn write(&mut self, area: &dyn Area, table: Table) -> Result<(), LabelsError> {
         if let Some(LabelFault::Newer { found }) = self.other {
             return Err(LabelsError::Newer { found });
         }

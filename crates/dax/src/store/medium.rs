@@ -24,8 +24,8 @@ use uhmm_sys::hugetlb::{Huge, Pool};
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::memfd::Memfd;
 
-use super::labels::{AREA_BYTES, LabelArea};
-use super::{Extent, OpenError};
+use super::labels::AREA_BYTES;
+use super::{Area, Extent, OpenError};
 
 /// Where data begins in a file: at a multiple of 2 MiB, behind the labels.
 const DATA_AT: u64 = 2 << 20;
@@ -66,7 +66,7 @@ pub struct Medium {
     data_at: u64,
     /// Bytes of data, whole pages.
     data: u64,
-    labels: Box<dyn LabelArea>,
+    labels: Box<dyn Area>,
 }
 
 impl Medium {
@@ -145,7 +145,7 @@ impl Medium {
             return Err(OpenError::TooSmall { path: path.into(), size, least: data_at + page });
         }
         let data = (size - data_at) / page * page;
-        let labels: Box<dyn LabelArea> = if let Kind::Huge(huge) = kind {
+        let labels: Box<dyn Area> = if let Kind::Huge(huge) = kind {
             let mapping = Mapping::shared(file.as_fd(), 0, huge.bytes(), "");
             let mapping =
                 mapping.map_err(|error| OpenError::Io { action: "map", path: path.into(), error })?;
@@ -191,7 +191,7 @@ impl Medium {
         self.data_at + pages.offset()
     }
 
-    pub(super) fn labels(&self) -> &dyn LabelArea {
+    pub(super) fn labels(&self) -> &dyn Area {
         &*self.labels
     }
 
@@ -290,7 +290,7 @@ struct FileArea {
     safe: bool,
 }
 
-impl LabelArea for FileArea {
+impl Area for FileArea {
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(into, at)
     }
@@ -321,7 +321,7 @@ impl MappedArea {
     }
 }
 
-impl LabelArea for MappedArea {
+impl Area for MappedArea {
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         let from = self.at(at, into.len())?;
         // SAFETY: inside the mapping (checked), of which no references exist; other processes may write the same

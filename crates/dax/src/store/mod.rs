@@ -11,6 +11,7 @@
 //!          holds one and wants another cannot wait for ever.
 //! Fails    with [`OpenError`] and [`ChangeError`].
 
+mod area;
 mod bad;
 mod error;
 mod extent;
@@ -35,6 +36,7 @@ use uhmm_sys::filelock::{self, FileLock, LockError};
 use uhmm_sys::hugetlb::Huge;
 use uhmm_sys::watch::Bell;
 
+pub use area::Area;
 pub use bad::BadPages;
 pub use error::{ChangeError, OpenError};
 pub use extent::Extent;

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use uhmm_addr::{ByteSize, Geometry};
 
 use super::label::{COPY_BYTES, Label, LabelFault, VERSION, decode, encode};
-use super::labels::{AREA_BYTES, LabelArea};
+use super::labels::AREA_BYTES;
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -214,7 +214,7 @@ impl Noted {
     }
 }
 
-impl LabelArea for Noted {
+impl Area for Noted {
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         into.copy_from_slice(&self.bytes.lock().unwrap()[at as usize..][..into.len()]);
         Ok(())
