@@ -144,7 +144,7 @@ pub(crate) fn pin(name: &'static str, scale: Scale) -> Result<Measure, RowError>
 }
 
 /// Nobody waits for anybody here.
-struct Alone;
+pub(crate) struct Alone;
 
 impl Park for Alone {
     fn park(&self, _word: &AtomicU32, _expected: u32) {

@@ -8,12 +8,13 @@ mod dax;
 mod fault;
 mod migrate;
 mod mirror;
+mod pagemap;
 mod row;
 mod samples;
 mod touch;
 
 use serde::Serialize;
-use uhmm::Geometry;
+use uhmm::{ByteSize, Geometry};
 
 use crate::exit::{End, Failure};
 use crate::print;
@@ -50,7 +51,7 @@ pub(crate) struct Row {
 }
 
 /// Every row.
-const ROWS: [Row; 15] = [
+const ROWS: [Row; 24] = [
     Row { name: "migrate-out-4k", measure: |name, scale| migrate(name, Way::Out, Geometry::K4, scale) },
     Row { name: "migrate-in-4k", measure: |name, scale| migrate(name, Way::In, Geometry::K4, scale) },
     Row { name: "migrate-out-2m", measure: |name, scale| migrate(name, Way::Out, Geometry::M2, scale) },
@@ -66,6 +67,21 @@ const ROWS: [Row; 15] = [
     Row { name: "dax-touch-2m", measure: dax::first_touch },
     Row { name: "dax-touch-2m-kernel", measure: dax::first_touch_kernel },
     Row { name: "dax-copy", measure: dax::copy },
+    Row { name: "pagemap-register-4k", measure: |name, scale| pagemap::register(name, Geometry::K4, scale) },
+    Row { name: "pagemap-register-2m", measure: |name, scale| pagemap::register(name, Geometry::M2, scale) },
+    Row { name: "pagemap-register-1g", measure: |name, scale| pagemap::register(name, Geometry::G1, scale) },
+    Row {
+        name: "descriptor-bytes-2m",
+        measure: |name, scale| pagemap::weight(name, Geometry::M2, ByteSize::mib(8), scale),
+    },
+    Row {
+        name: "descriptor-bytes-1g",
+        measure: |name, scale| pagemap::weight(name, Geometry::G1, ByteSize::kib(16), scale),
+    },
+    Row { name: "page-get-put", measure: pagemap::get_and_put },
+    Row { name: "page-get-put-2t", measure: pagemap::two_threads },
+    Row { name: "pin-2m", measure: pagemap::pin },
+    Row { name: "unregister-128g", measure: pagemap::unregister },
 ];
 
 /// Measures the named rows, or all, and prints.

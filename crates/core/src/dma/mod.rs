@@ -2,7 +2,7 @@
 //! 5.3).
 //!
 //! What    [`Iommu`], the port to whoever translates a device's addresses; [`Identity`], for devices that use those of
-//!         the process; [`DmaTable`], a mirror's table that holds what is mapped.
+//!         the process; [`DmaTable`], a mirror's table that holds what is mapped; [`peer`], pages of other devices.
 //! Why     a page that an IOMMU maps must not move, and one that moved must not be mapped: the device would write into
 //!         somebody else's page. As the table of a [`Mirror`], mappings are made only of pages that are there, and
 //!         are taken back before these change.
@@ -13,6 +13,7 @@
 //!         returns from unmapping: that is the port's promise.
 //! Fails   with a [`DmaError`]; what was mapped before stays mapped.
 
+pub mod peer;
 mod table;
 
 use uhmm_addr::{DmaAddr, PageCount, VaRange, VirtAddr};

@@ -19,7 +19,7 @@ impl<H: Host> Mm<H> {
         let chunk = page.chunk_base();
         let first = Pfn::new(word.pfn()?.get().checked_sub(page.in_chunk() as u64)?);
         let expected = |n: usize| PageWord::device(first.forward(PageCount::new(n)));
-        let aligned = self.pagemaps.of(word.pfn()?).device_page(first).0.is_multiple_of(CHUNK_PAGES as u64);
+        let aligned = self.pagemaps.of(word.pfn()?).is_chunk(first);
         let ends = [0, CHUNK_PAGES - 1].map(|n| {
             let entry = self.table.get(chunk.forward(PageCount::new(n)));
             entry.is_some_and(|entry| entry.load().without_past() == expected(n))

@@ -150,9 +150,7 @@ impl<H: Host> Mm<H> {
         let follows = |(n, at): (usize, &Held)| {
             *at == (page.forward(PageCount::new(n)), pfn.forward(PageCount::new(n)))
         };
-        page.in_chunk() == 0
-            && self.pagemaps.of(*pfn).device_page(*pfn).0.is_multiple_of(CHUNK_PAGES as u64)
-            && held.iter().enumerate().all(follows)
+        page.in_chunk() == 0 && self.pagemaps.of(*pfn).is_chunk(*pfn) && held.iter().enumerate().all(follows)
     }
 
     #[expect(clippy::too_many_arguments, reason = "the last step of move_held")]

@@ -68,8 +68,8 @@ impl Owner {
     /// The first number that belongs to pagemaps that have an owner to themselves.
     pub const FIRST_OWN: u64 = 1 << 63;
 
-    /// The owner that a pagemap has to itself: no two ranges of a machine begin at one pfn, and every process that has the
-    /// pagemap has the same one.
+    /// The owner that a pagemap has to itself: no two ranges of a machine begin at one pfn, and every process that has
+    /// the pagemap has the same one.
     pub(crate) const fn of_own(start: Pfn) -> Self {
         Self(Self::FIRST_OWN | start.get())
     }

@@ -1,8 +1,8 @@
 //! How a pagemap comes to be registered: what it is asked for, and what is wrong with that.
 //!
 //! What    [`PagemapBuilder`], and the checks of the kernel's `memremap_pages` and `pagemap_range`.
-//! Why     a pagemap that overlaps another, or whose ranges are no whole compound pages, is found out here and not at its
-//!         first fault.
+//! Why     a pagemap that overlaps another, or whose ranges are no whole compound pages, is found out here and not at
+//!         its first fault.
 //! Fails   with a [`RegisterError`] that carries the values; then nothing is registered.
 
 use alloc::boxed::Box;
@@ -12,12 +12,13 @@ use core::sync::atomic::AtomicBool;
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange};
 
-use super::descriptors::{Descriptors, Shape};
+use super::descriptors::Descriptors;
 use super::ledger::Ledger;
 use super::ops::PagemapOps;
 use super::poison::Bad;
 use super::ranges::Ranges;
 use super::resource::Conflict;
+use super::shape::Shape;
 use super::{DescriptorMemory, Pagemap, place_of};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;
@@ -35,7 +36,8 @@ pub enum RegisterError {
     /// A range is empty, or is no whole compound pages (`EINVAL`).
     #[error("{0:?} must start at and be a multiple of {1} pages, and not be empty")]
     Misaligned(PfnRange, Geometry),
-    /// Pagemaps share no 2 MiB of pfns (`memremap_compat_align`), so that a look at a few bits of a pfn finds its pagemap.
+    /// Pagemaps share no 2 MiB of pfns (`memremap_compat_align`), so that a look at a few bits of a pfn finds its
+    /// pagemap.
     #[error("{0:?} must start at a multiple of 2 MiB of pfns")]
     Subsection(PfnRange),
     /// It runs past the last pfn (`EINVAL`).
@@ -58,8 +60,8 @@ pub enum RegisterError {
         "{0} compound pages are more than the {MOST_UNITS} that can be counted: choose a larger geometry"
     )]
     TooMany(usize),
-    /// The area for descriptors on the device is too small, no whole compound pages, or leaves nothing of the first range
-    /// (`EINVAL`).
+    /// The area for descriptors on the device is too small, no whole compound pages, or leaves nothing of the first
+    /// range (`EINVAL`).
     #[error(
         "{given} are reserved for descriptors, of {range:?}; {needed} are needed, in whole compound pages of {geometry}"
     )]
@@ -140,8 +142,8 @@ impl PagemapBuilder {
     /// `vmem_altmap`), which are mapped at `memory`. These pages cannot be used for anything else.
     ///
     /// # Safety
-    /// `memory` must hold `reserved` pages, be aligned to 8, zero where nobody stored anything, accessed by nobody else, and
-    /// valid as long as the pagemap, and any handle of its pages, lives.
+    /// `memory` must hold `reserved` pages, be aligned to 8, zero where nobody stored anything, accessed by nobody
+    /// else, and valid as long as the pagemap, and any handle of its pages, lives.
     pub const unsafe fn descriptors_on_device(
         mut self,
         memory: DescriptorMemory,
@@ -237,6 +239,7 @@ impl PagemapBuilder {
             descriptors,
             stopped: AtomicBool::new(false),
             registered: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             cursor: AtomicUsize::new(0),
             bad: Bad::default(),
             ledger: Ledger::new(),

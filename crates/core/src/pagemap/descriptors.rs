@@ -13,12 +13,8 @@
 use alloc::boxed::Box;
 use core::ptr::NonNull;
 
-use uhmm_addr::{CHUNK_PAGES, PageCount};
-
+use super::shape::{BLOCK, DescriptorMemory, GROUP_PAGES, LINES, SHARD_WORDS, SHARDS, Shape};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, zeroed};
-
-/// Compound pages in a group: the step in which a device gets its space back.
-pub const GROUP_PAGES: usize = if cfg!(loom) { 2 } else { CHUNK_PAGES };
 
 /// In a unit's word: it is lost, and given out no more.
 const POISON: u32 = 1 << 31;
@@ -40,59 +36,6 @@ const LIVE: u32 = BAD - 1;
 
 /// In a shard's word: no unit may become live any more.
 const DYING: u32 = 1 << 31;
-
-/// Shards of the count of live units.
-const SHARDS: usize = if cfg!(loom) { 2 } else { 16 };
-/// Words from one shard to the next: a cache line.
-const SHARD_WORDS: usize = if cfg!(loom) { 1 } else { 16 };
-/// Words in a block of counts, inside which neighbours are kept apart.
-const BLOCK: usize = if cfg!(loom) { 2 } else { 512 };
-/// Cache lines in such a block.
-const LINES: usize = if cfg!(loom) { 2 } else { 32 };
-
-/// Zeroed memory for the descriptors of a pagemap.
-#[derive(Clone, Copy, Debug)]
-pub struct DescriptorMemory {
-    words: NonNull<u32>,
-}
-
-impl DescriptorMemory {
-    /// Memory that starts at `words`.
-    pub const fn new(words: NonNull<u32>) -> Self {
-        Self { words }
-    }
-
-    /// Bytes needed for a device of `pages` pages of 4 KiB. Only what is used will be touched.
-    pub const fn bytes_for(pages: PageCount) -> usize {
-        Shape { units: pages.get(), data: false }.bytes()
-    }
-}
-
-/// Where what lies, in words of 32 bits: shards, groups, counts, data.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) units: usize,
-    pub(super) data: bool,
-}
-
-impl Shape {
-    const fn groups(self) -> usize {
-        self.units.div_ceil(GROUP_PAGES)
-    }
-
-    const fn counts_at(self) -> usize {
-        SHARDS * SHARD_WORDS + self.groups().next_multiple_of(2)
-    }
-
-    const fn data_at(self) -> usize {
-        self.counts_at() + self.units.next_multiple_of(BLOCK)
-    }
-
-    pub(super) const fn bytes(self) -> usize {
-        let data = if self.data { self.units * size_of::<u64>() } else { 0 };
-        self.data_at() * size_of::<u32>() + data
-    }
-}
 
 /// Why a reference cannot be had.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,7 +72,9 @@ pub(super) struct Descriptors {
     words: NonNull<AtomicU32>,
     data: Option<NonNull<AtomicU64>>,
     shape: Shape,
-    _owned: Option<(Box<[AtomicU32]>, Box<[AtomicU64]>)>,
+    // What the pointers lead to, if it is ours.
+    _words: Option<Box<[AtomicU32]>>,
+    _data: Option<Box<[AtomicU64]>>,
 }
 
 // SAFETY: arrays of atomics, valid as long as `self` is, by the constructors' contracts.
@@ -147,7 +92,8 @@ impl Descriptors {
             words: NonNull::from(&*words).cast(),
             data: shape.data.then(|| NonNull::from(&*data).cast()),
             shape,
-            _owned: Some((words, data)),
+            _words: Some(words),
+            _data: Some(data),
         }
     }
 
@@ -158,7 +104,11 @@ impl Descriptors {
         let words = memory.words.cast::<AtomicU32>();
         // SAFETY: inside the memory, by the shape, and at a multiple of 8 from its start.
         let data = shape.data.then(|| unsafe { words.add(shape.data_at()) }.cast());
-        Self { words, data, shape, _owned: None }
+        Self { words, data, shape, _words: None, _data: None }
+    }
+
+    pub(super) const fn bytes(&self) -> usize {
+        self.shape.bytes()
     }
 
     fn word(&self, index: usize) -> &AtomicU32 {
@@ -201,18 +151,13 @@ impl Descriptors {
         self.shards().map(|shard| (shard.load(Ordering::Acquire) & !DYING) as usize).sum()
     }
 
-    /// From now on no unit becomes live, until [`accept`](Self::accept). Whether that was so already.
-    pub(super) fn refuse(&self) -> bool {
-        self.shards()
-            .fold(true, |so_far, shard| shard.fetch_or(DYING, Ordering::AcqRel) & DYING != 0 && so_far)
+    /// From now on no unit becomes live, until [`accept`](Self::accept).
+    pub(super) fn refuse(&self) {
+        self.shards().for_each(|shard| _ = shard.fetch_or(DYING, Ordering::AcqRel));
     }
 
     pub(super) fn accept(&self) {
         self.shards().for_each(|shard| _ = shard.fetch_and(!DYING, Ordering::Release));
-    }
-
-    pub(super) fn refuses(&self) -> bool {
-        self.word(0).load(Ordering::Acquire) & DYING != 0
     }
 
     pub(super) fn count(&self, unit: usize) -> u32 {
@@ -437,8 +382,8 @@ impl Descriptors {
         }
     }
 
-    /// One reference less; whether that was the last, and the unit is free, or the caller's to free if `hold`. If it was
-    /// not the last the word may be gone.
+    /// One reference less; whether that was the last, and the unit is free, or the caller's to free if `hold`. If it
+    /// was not the last the word may be gone.
     ///
     /// # Safety
     /// `word` must be a unit's, to which the caller has a reference.

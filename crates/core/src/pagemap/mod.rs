@@ -1,25 +1,25 @@
 //! Pagemaps: ranges of pfns that belong to a device, and who uses which of them.
 //!
-//! What    [`Pagemap`] (the kernel's `struct dev_pagemap`): a type, an owner, ranges in the machine-wide pfn space, and a
-//!         descriptor for every compound page; [`Registry`], which finds the pagemap of a pfn and unregisters it when
-//!         its pages are back; [`resource`], who has which pfns; handles of pages ([`PageRef`] and others);
+//! What    [`Pagemap`] (the kernel's `struct dev_pagemap`): a type, an owner, ranges in the machine-wide pfn space,
+//!         and a descriptor for every compound page; [`Registry`], which finds the pagemap of a pfn and unregisters it
+//!         when its pages are back; [`resource`], who has which pfns; handles of pages ([`PageRef`] and others);
 //!         [`PagemapSet`], the pagemaps of one address space.
-//! Why     whoever holds a device page must be able to share it (fork), keep it as the clean copy of a
-//!         page in RAM, and free it, without asking anybody else.
-//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put`] of the last one frees it
-//!         (rule R3). A live page is one reference to its pagemap; get and put of a page that stays live never touch the
-//!         pagemap. The pages of a compound page (2M, 1G) have one descriptor: a reference to any is one to the head, and
+//! Why     whoever holds a device page must be able to share it (fork), keep it as the clean copy of a page in RAM,
+//!         and free it, without asking anybody else.
+//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put`] of the last one frees it (rule R3). A
+//!         live page is one reference to its pagemap; get and put of a page that stays live never touch the pagemap.
+//!         The pages of a compound page (2M, 1G) have one descriptor: a reference to any is one to the head, and
 //!         nothing steps through the others. Descriptors live in memory that is zero where nothing was stored, so that
 //!         registering a pagemap costs nothing per page; the memory may be shared between processes.
 //! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
-//!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile.
-//!         A coherent device's memory is its own, and stays with it.
-//! Locks   none for pages: one atomic per page, one per group, one per shard of groups when a page becomes live or free.
-//!         A registry has one, for those who register; it is not held while anybody is called or waited for.
-//!         The list of what is bad, and the ledger, each have one, innermost.
-//! Fails   a full device gives no page. A count that would fall below zero is a bug and panics in debug
-//!         builds; release builds leave the page allocated, which loses space and never data.
+//!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile. A coherent device's memory is its
+//!         own, and stays with it.
+//! Locks   none for pages: one atomic per page, one per group, one per shard of groups when a page becomes live or
+//!         free. A registry has one, for those who register; it is not held while anybody is called or waited for. The
+//!         list of what is bad, and the ledger, each have one, innermost.
+//! Fails   a full device gives no page. A count that would fall below zero is a bug and panics in debug builds;
+//!         release builds leave the page allocated, which loses space and never data.
 
 mod builder;
 mod descriptors;
@@ -33,6 +33,8 @@ mod ranges;
 mod readers;
 mod registry;
 pub mod resource;
+mod set;
+mod shape;
 mod table;
 #[cfg(all(test, not(loom)))]
 mod tests;
@@ -43,22 +45,24 @@ use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicBool;
 
-use uhmm_addr::{Geometry, PageCount, Pfn, PfnRange, VaRange};
+use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange, VaRange};
 
 pub use builder::{PagemapBuilder, RegisterError};
-pub use descriptors::{DescriptorMemory, GROUP_PAGES};
 pub use ops::PagemapOps;
 pub use page::{PageError, PageRange, PageRef, UniquePages, release_pages};
 pub use poison::{Failure, FailureError, Mapper, Poisoned, Told};
 pub use registry::{Holder, Reader, Registry, UnregisterError};
+pub use set::PagemapSet;
+pub use shape::{DescriptorMemory, GROUP_PAGES};
 
 use crate::device::{Device, DevicePage, MemoryType};
 use crate::notifier::Owner;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park};
-use descriptors::{Descriptors, Left, Shape};
+use descriptors::{Descriptors, Left};
 use ledger::{Entry, Ledger};
 use poison::Bad;
 use ranges::Ranges;
+use shape::Shape;
 
 /// Ranges of pfns, the device behind them, and their descriptors.
 pub struct Pagemap {
@@ -75,6 +79,8 @@ pub struct Pagemap {
     stopped: AtomicBool,
     // Whether a registry keeps it, so that there can be handles.
     registered: AtomicBool,
+    // Whether it is being unregistered, so that no page is found by its number any more.
+    closing: AtomicBool,
     // Where this process's last search ended; only a hint.
     cursor: AtomicUsize,
     bad: Bad,
@@ -95,8 +101,8 @@ impl fmt::Debug for Pagemap {
 }
 
 impl Pagemap {
-    /// The device's pages at `start`, in 4K pages with descriptors of their own. It is in no registry: its pages are counted by
-    /// number.
+    /// The device's pages at `start`, in 4K pages with descriptors of their own. It is in no registry: its pages are
+    /// counted by number.
     pub fn new(start: Pfn, device: Arc<dyn Device>) -> Self {
         let shape = Shape { units: device.capacity().get(), data: false };
         Self::with(start, device, Descriptors::owned(shape))
@@ -111,7 +117,8 @@ impl Pagemap {
     /// descriptors of this one device only.
     pub unsafe fn over(start: Pfn, device: Arc<dyn Device>, memory: DescriptorMemory) -> Self {
         let shape = Shape { units: device.capacity().get(), data: false };
-        // SAFETY: the caller's promise is the constructor's; without a registry there are no handles that could outlive us.
+        // SAFETY: the caller's promise is the constructor's; without a registry there are no handles that could
+        // outlive us.
         let descriptors = unsafe { Descriptors::over(memory, shape) };
         Self::with(start, device, descriptors)
     }
@@ -129,6 +136,7 @@ impl Pagemap {
             descriptors,
             stopped: AtomicBool::new(false),
             registered: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             cursor: AtomicUsize::new(0),
             bad: Bad::default(),
             ledger: Ledger::new(),
@@ -168,8 +176,8 @@ impl Pagemap {
     }
 
     /// The first range of pfns that belong to it; the only one, unless it was built with more.
-    pub fn range(&self) -> PfnRange {
-        self.ranges.first()
+    pub const fn range(&self) -> PfnRange {
+        self.ranges.foremost()
     }
 
     /// Every range, in the order of the device's pages.
@@ -197,6 +205,14 @@ impl Pagemap {
         DevicePage(self.page_index(pfn) as u64)
     }
 
+    /// Whether 512 pages from `first` on, which need not be the pagemap's, lie side by side on the device, where a
+    /// huge page does.
+    pub(crate) fn is_chunk(&self, first: Pfn) -> bool {
+        let chunk = PfnRange::new(first, PageCount::new(CHUNK_PAGES));
+        let page = self.ranges.page_of(first);
+        page.is_some_and(|page| page.is_multiple_of(CHUNK_PAGES)) && self.ranges.units_of(chunk).is_some()
+    }
+
     /// The pfn of a page of the device (`dax_pgoff_to_phys`); `None` behind its end.
     pub fn pfn_of(&self, page: DevicePage) -> Option<Pfn> {
         ((page.0 as usize) < self.ranges.pages().get()).then(|| self.ranges.pfn_of(page.0 as usize))
@@ -218,6 +234,11 @@ impl Pagemap {
         PageCount::new(self.descriptors.live() << self.geometry().order())
     }
 
+    /// Bytes that its descriptors take when every page is in use.
+    pub const fn descriptor_bytes(&self) -> usize {
+        self.descriptors.bytes()
+    }
+
     fn page_index(&self, pfn: Pfn) -> usize {
         self.ranges.page_of(pfn).unwrap_or_else(|| panic!("{pfn:?} belongs to another pagemap"))
     }
@@ -228,6 +249,16 @@ impl Pagemap {
 
     fn is_registered(&self) -> bool {
         self.registered.load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    /// No page is found or becomes live any more, or again.
+    fn close(&self, close: bool) {
+        self.closing.store(close, core::sync::atomic::Ordering::Release);
+        if close { self.descriptors.refuse() } else { self.descriptors.accept() }
     }
 
     /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4).
@@ -251,8 +282,8 @@ impl Pagemap {
         Some((first, len))
     }
 
-    /// Allocates up to `most` consecutive pages, at least one compound page, each compound page with one reference. `None` if
-    /// the device is full, or its allocation stopped.
+    /// Allocates up to `most` consecutive pages, at least one compound page, each compound page with one reference.
+    /// `None` if the device is full, or its allocation stopped.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate(&self, most: PageCount) -> Option<PfnRange> {
         self.allocate_units(most, false).map(|(first, len)| self.ranges.pfns(first, len))
@@ -288,32 +319,25 @@ impl Pagemap {
 
     fn put_indices(&self, first: usize, units: usize) {
         // SAFETY: the references are given up by the caller, and `self` is borrowed.
-        unsafe { Self::put_units(NonNull::from(self), first, units, &mut Left::count_out) };
+        unsafe { Self::put_units(NonNull::from(self), first, units) };
     }
 
-    /// One reference less to each of these units, in steps of a group; `count_out` is given what each step freed, and what
-    /// the last one freed as the last thing that is done.
+    /// One reference less to each of these units, in steps of a group.
     ///
     /// # Safety
-    /// `this` must be valid, and the caller must have those references. What [`Descriptors::put`] says of the end holds here.
-    unsafe fn put_units(
-        this: NonNull<Self>,
-        mut first: usize,
-        units: usize,
-        count_out: &mut dyn FnMut(Left),
-    ) {
+    /// `this` must be valid, and the caller must have those references: the last one may be all that keeps it.
+    unsafe fn put_units(this: NonNull<Self>, mut first: usize, units: usize) {
         let end = first + units;
         while first < end {
             let len = (GROUP_PAGES - first % GROUP_PAGES).min(end - first);
             // SAFETY: the references from `first` on keep it.
             let map = unsafe { this.as_ref() };
-            let freed = |unit: usize, units: usize| map.tell_freed(unit, units);
-            let freed: Option<&dyn Fn(usize, usize)> = if map.ops.is_some() { Some(&freed) } else { None };
-            // SAFETY: the caller's promise.
-            if let Some(left) =
-                unsafe { Descriptors::put(NonNull::from(&map.descriptors), first, len, freed) }
-            {
-                count_out(left);
+            let tell = |unit: usize, units: usize| map.tell_freed(unit, units);
+            let freed: Option<&dyn Fn(usize, usize)> = if map.ops.is_some() { Some(&tell) } else { None };
+            let descriptors = NonNull::from(&map.descriptors);
+            // SAFETY: the caller's promise. Of `map` nothing is looked at afterwards.
+            if let Some(left) = unsafe { Descriptors::put(descriptors, first, len, freed) } {
+                left.count_out();
             }
             first += len;
         }
@@ -348,8 +372,8 @@ impl Pagemap {
     }
 
     /// A word of the compound page's own, for whoever maps it: which file it is of and where, for instance
-    /// (`page->mapping` and `page->index`, set on the head alone). Zero until something is stored; the pagemap never does.
-    /// `None` for private and coherent pages, whose page words say whose they are.
+    /// (`page->mapping` and `page->index`, set on the head alone). Zero until something is stored; the pagemap never
+    /// does. `None` for private and coherent pages, whose page words say whose they are.
     pub fn page_data(&self, pfn: Pfn) -> Option<&AtomicU64> {
         self.descriptors.data(self.ranges.unit_of(pfn)?)
     }
@@ -398,47 +422,4 @@ impl Park for Spin {
     }
 
     fn unpark(&self, _word: &crate::sync::AtomicU32) {}
-}
-
-/// The pagemaps of one address space.
-#[derive(Debug, Default)]
-pub struct PagemapSet {
-    maps: Box<[Arc<Pagemap>]>,
-}
-
-impl PagemapSet {
-    /// These pagemaps, whose ranges are disjoint.
-    ///
-    /// # Panics
-    /// If two ranges overlap, or pages are larger than 4K.
-    pub fn new(maps: impl IntoIterator<Item = Arc<Pagemap>>) -> Self {
-        let maps: Box<[_]> = maps.into_iter().collect();
-        for (n, map) in maps.iter().enumerate() {
-            assert!(
-                map.geometry() == Geometry::K4,
-                "the words of a space count pages of 4K, not of {}",
-                map.geometry()
-            );
-            for (a, b) in maps[..n]
-                .iter()
-                .flat_map(|other| map.ranges().flat_map(|a| other.ranges().map(move |b| (a, b))))
-            {
-                assert!(!a.overlaps(b), "{a:?} overlaps {b:?}");
-            }
-        }
-        Self { maps }
-    }
-
-    /// The pagemap to which `pfn` belongs.
-    ///
-    /// # Panics
-    /// If there is none: pfns come from page words, which hold pfns of registered pagemaps only.
-    pub fn of(&self, pfn: Pfn) -> &Arc<Pagemap> {
-        self.maps.iter().find(|map| map.contains(pfn)).expect("a pfn without a pagemap")
-    }
-
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Pagemap>> {
-        self.maps.iter()
-    }
 }

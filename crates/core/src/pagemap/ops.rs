@@ -13,14 +13,14 @@ use super::poison::{Failure, Told};
 /// The calls of a driver. The kernel's third one, `migrate_to_ram`, is [`Device::read`](crate::device::Device::read):
 /// what a touch needs of a private page is its bytes; the rest is the library's.
 pub trait PagemapOps: Send + Sync {
-    /// The last reference to these pages is gone, and nobody can get them before this returns. Whoever waits until pages are
-    /// not in use is woken here (`dax_wait_page`).
+    /// The last reference to these pages is gone, and nobody can get them before this returns. Whoever waits until
+    /// pages are not in use is woken here (`dax_wait_page`).
     fn page_free(&self, map: &Pagemap, pages: PfnRange) {
         let _ = (map, pages);
     }
 
-    /// These pages, one compound page, are lost. [`Told::Generic`] if the mappers that have registered themselves shall be
-    /// told (`-EOPNOTSUPP`).
+    /// These pages, one compound page, are lost. [`Told::Generic`] if the mappers that have registered themselves
+    /// shall be told (`-EOPNOTSUPP`).
     fn memory_failure(&self, map: &Pagemap, failure: &Failure) -> Told {
         let _ = (map, failure);
         Told::Generic

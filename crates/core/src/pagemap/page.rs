@@ -1,13 +1,16 @@
 //! Handles of pages: a reference each, as long as the handle lives.
 //!
-//! What    [`PageRef`], shared, of one compound page; [`PageRange`], shared, of consecutive ones; [`UniquePages`], that
-//!         nobody else refers to or finds. [`release_pages`] drops many at once.
-//! Why     references that are counted by hand are forgotten, or dropped twice. (The words of a page table count by hand,
-//!         by number, because a word is all that they are.)
+//! What    [`PageRef`], shared, of one compound page; [`PageRange`], shared, of consecutive ones; [`UniquePages`],
+//!         that nobody else refers to or finds. [`release_pages`] drops many at once.
+//! Why     references that are counted by hand are forgotten, or dropped twice. (The words of a page table count by
+//!         hand, by number, because a word is all that they are.)
 //! Owns    each handle one reference to each of its compound pages; the first reference to a page makes it live, and a
-//!         live page keeps its pagemap registered and its descriptors in place. So a handle has no lifetime,
-//!         and neither cloning nor dropping one touches the pagemap, unless it is the last.
+//!         live page keeps its pagemap registered and its descriptors in place. So a handle has no lifetime, and
+//!         neither cloning nor dropping one touches the pagemap, unless it is the last.
 //! Fails   with a [`PageError`], which says which page and what can be done.
+
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -16,7 +19,7 @@ use core::ptr::NonNull;
 use uhmm_addr::{PageCount, Pfn, PfnRange};
 
 use super::Pagemap;
-use super::descriptors::{Denied, Descriptors, Left};
+use super::descriptors::{Denied, Descriptors};
 use super::ledger::Entry;
 use crate::sync::AtomicU32;
 
@@ -103,20 +106,36 @@ impl Held {
         (self.first..self.first + self.units).for_each(|unit| Descriptors::get(map.descriptors.unit(unit)));
         Self::new(map, self.first, self.units)
     }
-
-    /// Gives the references up; what was freed is to be counted out by the caller, last of all.
-    fn give_up(&mut self, count_out: &mut dyn FnMut(Left)) {
-        let map = self.map();
-        map.ledger.leave(&*map.park, &self.entry);
-        let (first, units) = (self.first, self.units);
-        // SAFETY: the references are this handle's, whose life ends here.
-        unsafe { Pagemap::put_units(self.map, first, units, count_out) };
-    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.give_up(&mut Left::count_out);
+        let map = self.map();
+        if self.units == 1 {
+            let word = map.descriptors.word_of(self.first);
+            // SAFETY: the reference is this handle's, whose life ends here, and the word is the unit's.
+            unsafe { put_one(self.map, self.first, word, &self.entry) };
+            return;
+        }
+        map.forget_handle(&self.entry);
+        // SAFETY: the references are this handle's, whose life ends here.
+        unsafe { Pagemap::put_units(self.map, self.first, self.units) };
+    }
+}
+
+/// A handle's only reference goes.
+///
+/// # Safety
+/// The reference must be the caller's, who gives it up, and `word` the unit's: it is all that is looked at unless the
+/// reference was the last one.
+unsafe fn put_one(map: NonNull<Pagemap>, unit: usize, word: NonNull<AtomicU32>, entry: &Entry) {
+    // SAFETY: the page is live until `release` has given the reference up.
+    let hold = unsafe { map.as_ref() }.forget_handle(entry);
+    // SAFETY: the reference is the caller's, and is used no more.
+    if unsafe { Descriptors::release(word, hold) } {
+        // SAFETY: it was the last one, so that the page is ours, and live until it is counted out.
+        let left = unsafe { map.as_ref() }.freed(unit);
+        left.count_out();
     }
 }
 
@@ -185,15 +204,8 @@ impl Clone for PageRef {
 
 impl Drop for PageRef {
     fn drop(&mut self) {
-        let (map, unit) = (self.held.map, self.held.first);
-        // SAFETY: the page is live until `release` has given our reference up.
-        let hold = unsafe { map.as_ref() }.forget_handle(&self.held.entry);
-        // SAFETY: the reference is ours, and is used no more.
-        if unsafe { Descriptors::release(self.word, hold) } {
-            // SAFETY: it was the last one, so that the page is ours, and live until it is counted out.
-            let left = unsafe { map.as_ref() }.freed(unit);
-            left.count_out();
-        }
+        // SAFETY: the reference is this handle's, whose life ends here, and the word is the unit's.
+        unsafe { put_one(self.held.map, self.held.first, self.word, &self.held.entry) };
     }
 }
 
@@ -203,8 +215,8 @@ impl fmt::Debug for PageRef {
     }
 }
 
-/// References to consecutive pages: one to each compound page of which there are some in the range. So 512 pages of a 2M page
-/// are pinned by one atomic operation.
+/// References to consecutive pages: one to each compound page of which there are some in the range. So 512 pages of a
+/// 2M page are pinned by one atomic operation.
 #[must_use]
 pub struct PageRange {
     held: Held,
@@ -241,8 +253,8 @@ impl fmt::Debug for PageRange {
     }
 }
 
-/// Pages that nobody else refers to, nor finds by their numbers (`page_ref_freeze`; a page that was just allocated, which
-/// the kernel returns locked). Dropped, they are free.
+/// Pages that nobody else refers to, nor finds by their numbers (`page_ref_freeze`; a page that was just allocated,
+/// which the kernel returns locked). Dropped, they are free.
 #[must_use]
 pub struct UniquePages {
     held: Held,
@@ -278,8 +290,8 @@ impl fmt::Debug for UniquePages {
     }
 }
 
-/// Drops many references (`release_pages`): pages of one group that are freed are counted out of it, and of the pagemap,
-/// together.
+/// Drops many references (`release_pages`): pages of one group that are freed are counted out of it, and of the
+/// pagemap, together.
 pub fn release_pages(pages: impl IntoIterator<Item = PageRef>) {
     let mut run: Option<Held> = None;
     for page in pages {
@@ -304,8 +316,13 @@ impl Pagemap {
         PageError::new(denied, self.ranges.pfn_of(self.ranges.head(unit)))
     }
 
+    /// Whether handles may be made now.
     fn kept(&self, pfn: Pfn) -> Result<(), PageError> {
-        if self.is_registered() { Ok(()) } else { Err(PageError::Unregistered(pfn)) }
+        match (self.is_registered(), self.is_closing()) {
+            (false, _) => Err(PageError::Unregistered(pfn)),
+            (true, true) => Err(PageError::Dying(pfn)),
+            (true, false) => Ok(()),
+        }
     }
 
     fn units(&self, pages: PfnRange) -> Result<(usize, usize), PageError> {
@@ -316,8 +333,8 @@ impl Pagemap {
         })
     }
 
-    /// A reference to the compound page of `pfn`, head or tail. Where pages are allocated (private and coherent ones) it
-    /// must be in use; elsewhere a page that nobody uses becomes live.
+    /// A reference to the compound page of `pfn`, head or tail. Where pages are allocated (private and coherent ones)
+    /// it must be in use; elsewhere a page that nobody uses becomes live.
     ///
     /// # Errors
     /// See [`PageError`].
@@ -381,7 +398,7 @@ impl Pagemap {
         self.kept(start)?;
         match self.allocate_units(most, true) {
             Some((first, units)) => Ok(UniquePages::new(self, first, units)),
-            None if self.descriptors.refuses() => Err(PageError::Dying(start)),
+            None if self.is_closing() => Err(PageError::Dying(start)),
             None => Err(PageError::Full),
         }
     }

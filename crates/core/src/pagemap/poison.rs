@@ -1,10 +1,14 @@
 //! Pages that are lost (the kernel's `memory_failure_dev_pagemap`).
 //!
-//! What    [`Registry::memory_failure`]: a pfn that is bad takes its whole compound page; the driver is told, or else every
-//!         [`Mapper`]; the list of what is bad; and [`Pagemap::clear_poison`], when whole pages were written anew.
+//! What    [`Registry::memory_failure`]: a pfn that is bad takes its whole compound page; the driver is told, or else
+//!         every [`Mapper`]; the list of what is bad; and [`Pagemap::clear_poison`], when whole pages were written
+//!         anew.
 //! Why     whoever maps a lost page must learn it before he reads what is not there, and nobody may be given it.
 //! Locks   one for the list and the mappers, innermost; not held while anybody is called.
 //! Fails   with a [`FailureError`]: for pfns of nobody's, and for those that hold descriptors.
+
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -146,8 +150,8 @@ impl Pagemap {
         self.bad.list.lock(&*self.park).bad.clone()
     }
 
-    /// All of `pages` were written anew, whole (`pmem_clear_poison`): they are bad no more, and a compound page of which none
-    /// is bad is lost no more. Returns how many were bad.
+    /// All of `pages` were written anew, whole (`pmem_clear_poison`): they are bad no more, and a compound page of
+    /// which none is bad is lost no more. Returns how many were bad.
     pub fn clear_poison(&self, pages: PfnRange) -> PageCount {
         let mut list = self.bad.list.lock(&*self.park);
         let cleared = remove(&mut list.bad, pages);

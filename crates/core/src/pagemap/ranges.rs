@@ -19,6 +19,8 @@ struct Span {
 #[derive(Clone, Debug)]
 pub(super) struct Ranges {
     spans: Box<[Span]>,
+    // The first of them once more, where it is found without a look elsewhere.
+    foremost: PfnRange,
     geometry: Geometry,
     reserved: PageCount,
     pages: PageCount,
@@ -36,8 +38,8 @@ impl Ranges {
             pages = pages.plus(range.pages);
             Span { range, first }
         });
-        let spans = spans.collect();
-        Self { spans, geometry, reserved, pages }
+        let spans: Box<[Span]> = spans.collect();
+        Self { foremost: spans[0].range, spans, geometry, reserved, pages }
     }
 
     pub(super) const fn geometry(&self) -> Geometry {
@@ -53,8 +55,8 @@ impl Ranges {
         self.pages
     }
 
-    pub(super) fn first(&self) -> PfnRange {
-        self.spans[0].range
+    pub(super) const fn foremost(&self) -> PfnRange {
+        self.foremost
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = PfnRange> {
@@ -63,7 +65,10 @@ impl Ranges {
 
     /// The device's number of a pfn.
     pub(super) fn page_of(&self, pfn: Pfn) -> Option<usize> {
-        let span = self.spans.iter().find(|span| span.range.contains(pfn))?;
+        if self.foremost.contains(pfn) {
+            return Some(pfn.since(self.foremost.start).get());
+        }
+        let span = self.spans[1..].iter().find(|span| span.range.contains(pfn))?;
         Some(span.first + pfn.since(span.range.start).get())
     }
 
@@ -84,8 +89,11 @@ impl Ranges {
     }
 
     /// The unit of a page of the device; `None` if it is reserved.
-    pub(super) fn unit_of_page(&self, page: usize) -> Option<usize> {
-        Some(page.checked_sub(self.reserved.get())? >> self.geometry.order())
+    pub(super) const fn unit_of_page(&self, page: usize) -> Option<usize> {
+        match page.checked_sub(self.reserved.get()) {
+            Some(page) => Some(page >> self.geometry.order()),
+            None => None,
+        }
     }
 
     /// The unit of a pfn; `None` if it is reserved, or another pagemap's.
@@ -119,9 +127,13 @@ impl Ranges {
         }
         let first = self.page_of(pages.start)?;
         let last = first + pages.pages.get() - 1;
-        let span = self.span_at(first);
-        let inside = last < span.first + span.range.pages.get();
+        if !self.foremost.encloses(pages) {
+            let span = self.span_at(first);
+            if last >= span.first + span.range.pages.get() {
+                return None;
+            }
+        }
         let (first, last) = (self.unit_of_page(first)?, self.unit_of_page(last)?);
-        inside.then_some((first, last + 1 - first))
+        Some((first, last + 1 - first))
     }
 }

@@ -1,7 +1,8 @@
 //! Who is looking at what might be taken away.
 //!
-//! What    [`Readers`]: a reader says that it begins and ends, by one atomic operation each in a shard of its own; whoever has
-//!         taken something away waits with [`Readers::synchronize`] until nobody can still be looking at it (the kernel's SRCU).
+//! What    [`Readers`]: a reader says that it begins and ends, by one atomic operation each in a shard of its own;
+//!         whoever has taken something away waits with [`Readers::synchronize`] until nobody can still be looking at
+//!         it (the kernel's SRCU).
 //! Why     a look-up must cost no more than the table, and must not hand out what is being freed.
 //! Order   a reader is counted before it looks, and a writer takes away before it counts, with a fence between on both
 //!         sides: either the writer counts the reader, or the reader finds nothing.

@@ -1,16 +1,19 @@
 //! The pagemaps of a machine: which one a pfn belongs to, and how one comes and goes.
 //!
-//! What    [`Registry`]: the resource tree, the table from pfns to pagemaps, and the teardown: refuse, invalidate, drain,
-//!         free (rule R4).
+//! What    [`Registry`]: the resource tree, the table from pfns to pagemaps, and the teardown: refuse, invalidate,
+//!         drain, free (rule R4).
 //! Why     a page found by its number must not be of a pagemap that is going away, and a pagemap must not go while any
 //!         of its pages is referred to.
-//! Owns    every pagemap that is registered, until its last page is back. One that is still in use when the registry itself is
-//!         dropped stays in memory for good, because handles of its pages point to it.
+//! Owns    every pagemap that is registered, until its last page is back. One that is still in use when the registry
+//!         itself is dropped stays in memory for good, because handles of its pages point to it.
 //! Locks   one, for the list and the tree; callbacks and waiting happen outside. Look-ups take none.
 //! Races   a look-up beside a teardown finds the pagemap or nothing, and a reference that it then asks for is there or
-//!         refused. What is refused is said in the same words in which live pages are counted, so that no page
-//!         becomes live behind the drain.
+//!         refused. What is refused is said in the same words in which live pages are counted, so that no page becomes
+//!         live behind the drain.
 //! Fails   [`UnregisterError::Busy`] names who holds what; the pagemap is then as it was, but for its mappings.
+
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -150,8 +153,8 @@ impl Registry {
         work(&mut self.inner.lock(&*self.park).tree)
     }
 
-    /// Registers a pagemap (`memremap_pages`): claims its ranges in the resource tree, all or none, and lets its pages be
-    /// found.
+    /// Registers a pagemap (`memremap_pages`): claims its ranges in the resource tree, all or none, and lets its pages
+    /// be found.
     ///
     /// # Errors
     /// See [`RegisterError`]; then nothing is claimed.
@@ -215,10 +218,10 @@ impl Registry {
         self.read().pagemap(pfn).ok_or(PageError::Outside(pfn))?.page(pfn)
     }
 
-    /// Unregisters a pagemap (`memunmap_pages`), in four steps. Its request queue is frozen and new references are *refused*;
-    /// mappings are *invalidated*; pages that are referred to are waited for, which *drains* it; then nobody finds it any
-    /// more, its claims are given up, and it is *freed* when the caller lets go of it as well. Nothing is done for pages
-    /// that are free.
+    /// Unregisters a pagemap (`memunmap_pages`), in four steps. Its request queue is frozen and new references are
+    /// *refused*; mappings are *invalidated*; pages that are referred to are waited for, which *drains* it; then
+    /// nobody finds it any more, its claims are given up, and it is *freed* when the caller lets go of it as well.
+    /// Nothing is done for pages that are free.
     ///
     /// `wait` is told how many pages are in use, waits a moment, and says whether to go on waiting: it has the clock.
     ///
@@ -233,7 +236,7 @@ impl Registry {
         if let Some(ops) = &map.ops {
             ops.freeze(map);
         }
-        map.descriptors.refuse();
+        map.close(true);
         if let Some(ops) = &map.ops {
             ops.invalidate(map);
         }
@@ -244,7 +247,7 @@ impl Registry {
             }
             if !wait(live) {
                 let (name, holders) = (map.name().into(), map.holders());
-                map.descriptors.accept();
+                map.close(false);
                 if let Some(ops) = &map.ops {
                     ops.thaw(map);
                 }
@@ -301,7 +304,7 @@ impl Drop for Registry {
         // Handles of pages have no lifetime: what they point to stays.
         for registered in self.inner.get_mut().maps.drain(..) {
             let registered = ManuallyDrop::new(registered.map);
-            registered.descriptors.refuse();
+            registered.close(true);
             if registered.live().is_zero() {
                 drop(ManuallyDrop::into_inner(registered));
             }

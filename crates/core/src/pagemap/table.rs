@@ -1,8 +1,8 @@
 //! Which pagemap a pfn belongs to: a table of three levels, read without a lock.
 //!
-//! What    [`PfnTable`]: an entry for every 2 MiB of pfns, in leaves of 2 GiB and nodes of 2 TiB; an entry higher up stands
-//!         for all below it. So a look-up is one to three loads, and a range of any size is a few thousand stores at most
-//!         (the kernel's `pgmap_array`, an xarray).
+//! What    [`PfnTable`]: an entry for every 2 MiB of pfns, in leaves of 2 GiB and nodes of 2 TiB; an entry higher up
+//!         stands for all below it. So a look-up is one to three loads, and a range of any size is a few thousand
+//!         stores at most (the kernel's `pgmap_array`, an xarray).
 //! Owns    its nodes, which stay until it is dropped. What the entries point to is the registry's.
 //! Locks   changes are made by one thread at a time; look-ups need none.
 //! Fails   nothing here fails.

@@ -7,14 +7,15 @@ use std::vec::Vec;
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange};
 
-use super::descriptors::{Descriptors, Left, Shape};
+use super::descriptors::{Descriptors, Left};
 use super::resource::ResourceKind;
+use super::shape::Shape;
 use super::{DescriptorMemory, GROUP_PAGES, PageError, Pagemap, PagemapSet, Registry, UnregisterError};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;
 
 /// A device that only remembers what was discarded.
-struct Discards {
+pub(super) struct Discards {
     pages: usize,
     seen: Mutex<Vec<(u64, usize)>>,
     refuses: bool,
@@ -45,7 +46,7 @@ impl Device for Discards {
 
 const START: Pfn = Pfn::new(1000);
 
-fn device(pages: usize, refuses: bool) -> Arc<Discards> {
+pub(super) fn device(pages: usize, refuses: bool) -> Arc<Discards> {
     Arc::new(Discards { pages, seen: Mutex::default(), refuses })
 }
 

@@ -3,14 +3,15 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange, VaRange, Vpn};
-use uhmm_core::device::{MemoryType, TransferError};
+use uhmm_core::device::{Device, MemoryType, TransferError};
 use uhmm_core::fault::window::Windows;
 use uhmm_core::frame::Arena;
 use uhmm_core::migrate::{Migrated, Select, Sources};
 use uhmm_core::mm::{Mm, Parts};
 use uhmm_core::notifier::Owner;
-use uhmm_core::pagemap::{Pagemap, PagemapSet};
+use uhmm_core::pagemap::{Pagemap, PagemapSet, Registry};
 use uhmm_core::pagetable::{PageTable, PageWord};
+use uhmm_core::sync::{AtomicU32, Park};
 
 use super::{Program, SimHost, deliver};
 use crate::fake_device::{FakeAccess, FakeDevice};
@@ -82,6 +83,8 @@ pub struct Bed {
     pub mm: Arc<Mm<SimHost>>,
     /// A thread of the program.
     pub program: Program,
+    /// Where the pagemaps of both devices are registered.
+    pub registry: Registry,
     /// The device.
     pub device: Arc<FakeDevice>,
     /// Its pagemap.
@@ -92,6 +95,17 @@ pub struct Bed {
     pub other_map: Arc<Pagemap>,
     reads: Arc<Mutex<Reads>>,
     setup: Setup,
+}
+
+/// Waits by looking again.
+struct Nap;
+
+impl Park for Nap {
+    fn park(&self, _word: &AtomicU32, _expected: u32) {
+        std::thread::yield_now();
+    }
+
+    fn unpark(&self, _word: &AtomicU32) {}
 }
 
 impl Bed {
@@ -110,12 +124,15 @@ impl Bed {
         let slots = host.arena().skip(huge_pages).expect("a bed has 4 KiB slots");
         let reads = Arc::new(Mutex::new(Reads::default()));
         let device = device(PageCount::new(setup.device), reads.clone(), setup.linked);
-        let mut pagemap = Pagemap::new(Pfn::new(1 << 20), device.clone());
-        let mut other_map = Pagemap::new(Pfn::new(1 << 30), other.clone());
-        if setup.shared_owner {
-            (pagemap, other_map) = (pagemap.owned_by(Owner(1)), other_map.owned_by(Owner(1)));
-        }
-        let (pagemap, other_map) = (Arc::new(pagemap), Arc::new(other_map));
+        let registry = Registry::new(Arc::new(Nap));
+        let register = |start: u64, device: Arc<FakeDevice>| {
+            let range = PfnRange::new(Pfn::new(start), device.capacity());
+            let builder = Pagemap::builder(device.name(), device.memory_type()).range(range).device(device);
+            let builder = if setup.shared_owner { builder.owner(Owner(1)) } else { builder };
+            registry.register(builder).expect("two ranges apart")
+        };
+        let pagemap = register(1 << 20, device.clone());
+        let other_map = register(1 << 30, other.clone());
         let mm = Arc::new(Mm::new(Parts {
             table: PageTable::owned(page_at(0), PageCount::new(setup.memory)),
             pagemaps: PagemapSet::new([pagemap.clone(), other_map.clone()]),
@@ -132,7 +149,17 @@ impl Bed {
                 deliver(&mm);
             }
         });
-        Self { program: Program::new(mm.clone()), mm, device, pagemap, other, other_map, reads, setup }
+        Self {
+            program: Program::new(mm.clone()),
+            mm,
+            registry,
+            device,
+            pagemap,
+            other,
+            other_map,
+            reads,
+            setup,
+        }
     }
 
     /// Makes every read of the device fail, or lets reads succeed again.

@@ -1,9 +1,9 @@
 //! Who has which pfns (the kernel's `kernel/resource.c`).
 //!
-//! What    [`ResourceTree`]: named ranges inside each other. A *region* may hold others; a *busy* one is in somebody's use,
-//!         and nothing is requested inside it.
-//! Why     two drivers must not believe that the same memory is theirs, and a device without addresses of its own needs
-//!         some that nobody has.
+//! What    [`ResourceTree`]: named ranges inside each other. A *region* may hold others; a *busy* one is in somebody's
+//!         use, and nothing is requested inside it.
+//! Why     two drivers must not believe that the same memory is theirs, and a device without addresses of its own
+//!         needs some that nobody has.
 //! Owns    the ranges, by number ([`ResourceId`]).
 //! Locks   none: it is a value. [`Registry`](super::Registry) keeps one behind its lock.
 //! Fails   with the range that is in the way and its name.
@@ -318,8 +318,8 @@ impl ResourceTree {
         Ok(level.remove(at).resource)
     }
 
-    /// How `range` meets ranges of this kind (`region_intersects`). What lies inside a range of another kind counts where it
-    /// covers what the two have in common.
+    /// How `range` meets ranges of this kind (`region_intersects`). What lies inside a range of another kind counts
+    /// where it covers what the two have in common.
     pub fn intersects(&self, range: PfnRange, kind: ResourceKind) -> Intersection {
         let (mut of_kind, mut others) = (false, false);
         for node in self.children.iter().filter(|node| node.resource.range.overlaps(range)) {
