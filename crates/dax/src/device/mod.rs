@@ -259,9 +259,9 @@ impl Device {
             Instant::now() < deadline
         };
         match machine().unregister(&self.core().pagemap, &mut wait) {
-            Err(error @ UnregisterError::Busy { .. }) => Err(error.into()),
-            // It is gone already, or another thread is about it and will say so.
-            _ => Ok(()),
+            // It is gone already.
+            Err(UnregisterError::NotRegistered(_)) | Ok(()) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 }

@@ -81,11 +81,11 @@ impl Medium {
     }
 
     /// Creates the file at `path` with room for `capacity` bytes of data, and has `format` write its labels.
-    pub(super) fn create(
+    pub(super) fn create<T>(
         path: &Path,
         capacity: ByteSize,
-        format: impl FnOnce(&Self) -> Result<(), OpenError>,
-    ) -> Result<Self, OpenError> {
+        format: impl FnOnce(&Self) -> Result<T, OpenError>,
+    ) -> Result<(Self, T), OpenError> {
         let name = path.file_name().ok_or_else(|| OpenError::os("create", path, Errno::ISDIR))?;
         let new = path.with_file_name(format!(".{}.new-{}", name.display(), std::process::id()));
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
@@ -101,13 +101,13 @@ impl Medium {
             allocate(&file, kind, 0, data_at + size)
                 .map_err(|errno| no_room(path, kind, data_at + size, errno))?;
             let medium = Self::over(file, path)?;
-            format(&medium)?;
+            let labels = format(&medium)?;
             rustix::fs::renameat_with(CWD, &new, CWD, path, RenameFlags::NOREPLACE)
                 .map_err(|errno| OpenError::os("create", path, errno))?;
             // The name shall be as safe as the labels; a directory that cannot be synced has nothing to lose.
             let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             let _ = File::open(parent.unwrap_or(Path::new("."))).and_then(|parent| parent.sync_all());
-            Ok(medium)
+            Ok((medium, labels))
         });
         if made.is_err() {
             let _ = rustix::fs::unlink(&new);

@@ -89,15 +89,7 @@ impl Store {
     /// Creates the file at `path` with room for `capacity` of data, and makes it a store. `region` is the `X` of
     /// its devices' names, `daxX.Y`. There must be no such file.
     pub fn create(path: &Path, capacity: ByteSize, region: u32) -> Result<Self, OpenError> {
-        let mut written = None;
-        let medium = Medium::create(path, capacity, |medium| {
-            written = Some(format(medium, region)?);
-            Ok(())
-        })?;
-        let labels = match written {
-            Some(labels) => labels,
-            None => read(&medium)?,
-        };
+        let (medium, labels) = Medium::create(path, capacity, |medium| format(medium, region))?;
         Ok(Self { medium, labels: Mutex::new(labels), bells: Mutex::default() })
     }
 
