@@ -5,6 +5,9 @@
 //! Order    of what gives blocks: make them zero (or a copy), and safe; write the table; show them in mappings.
 //!          Of what takes blocks: claim them, waiting without a lock while somebody uses them; write the table; give
 //!          mappings what they are to show; only then are the blocks free, and the claim is given up.
+//! Fails    with nothing changed, but for one case: the table is written and the kernel has no memory to change a
+//!          mapping. Then the change has happened, and the blocks that it took away stay nobody's until the files are
+//!          opened the next time, because the mapping may still show them.
 
 use std::sync::MutexGuard;
 

@@ -191,10 +191,11 @@ impl DaxFile {
             body.provide(&mut state, self.which(), (first, reached), protection == Protection::ReadWrite)?;
         }
         let view = Arc::new(View::new(&body.blocks, self.inode, first, len / block, protection)?);
+        // Known before it shows anything, so that no page is lost unnoticed.
+        body.driver.add(&view);
         for run in state.record(self.which())?.runs.within(first, reached.max(first)) {
             view.show(run.at, run.block, run.len)?;
         }
-        body.driver.add(&view);
         Ok(FileMapping::new(&self.inner, view)?)
     }
 

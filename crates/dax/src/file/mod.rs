@@ -13,7 +13,7 @@
 //! Transfers that the kernel makes to a mapping's addresses are not seen here: pin the pages of the file first.
 //! Locks    `state`, one for all that concerns where blocks are, held while the table is written; the list of `views`;
 //!          a view's own. In this order. No lock is held while pages are waited for.
-//! Fails    with [`FileError`]; a change that fails has not happened.
+//! Fails    with [`FileError`]; a change that fails has not happened ([`change`] names the exception).
 
 mod backend;
 mod blocks;

@@ -115,9 +115,18 @@ pub fn encode(label: &Label) -> Result<Vec<u8>, TooLong> {
     }
     let length = (bytes.len() as u32).to_le_bytes();
     bytes[12..16].copy_from_slice(&length);
-    let sum = crc32fast::hash(&bytes).to_le_bytes();
+    let sum = checksum(&bytes).to_le_bytes();
     bytes[CHECKSUM].copy_from_slice(&sum);
     Ok(bytes)
+}
+
+/// The checksum of a label of at least 28 bytes, its own field taken for zero.
+pub fn checksum(label: &[u8]) -> u32 {
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&label[..CHECKSUM.start]);
+    sum.update(&[0; CHECKSUM.end - CHECKSUM.start]);
+    sum.update(&label[CHECKSUM.end..]);
+    sum.finalize()
 }
 
 fn put_extents(bytes: &mut Vec<u8>, extents: &[Extent]) {
@@ -181,11 +190,7 @@ pub fn decode(copy: &[u8]) -> Result<Label, LabelFault> {
     let (version, length, sequence, found) = (reader.u32()?, reader.u32()?, reader.u64()?, reader.u32()?);
     // A length that cannot be is as good as a wrong checksum: nothing says which of the two broke.
     let whole = copy.get(..length as usize).filter(|bytes| bytes.len() >= CHECKSUM.end).unwrap_or(copy);
-    let mut sum = crc32fast::Hasher::new();
-    sum.update(&whole[..CHECKSUM.start]);
-    sum.update(&[0; 4]);
-    sum.update(&whole[CHECKSUM.end..]);
-    let expected = sum.finalize();
+    let expected = checksum(whole);
     if found != expected {
         return Err(LabelFault::Checksum { found, expected });
     }

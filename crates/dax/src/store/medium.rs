@@ -4,7 +4,8 @@
 //!          [`Kind`], which decides how it is mapped and made safe.
 //! Why      a file on a disk, on a file system of huge pages, in memory without a name, or on persistent memory
 //!          differ in three ways only: the size of their pages, how their labels are written, and what makes
-//!          stores to them safe. Those are found out here, once.
+//!          stores to them safe. Those are found out here, once. In a file of huge pages the labels have the first page
+//!          to themselves, for nothing smaller can be mapped there.
 //! Owns     the open file. One that it creates has mode 0600 (rule R9) and comes into being with its labels:
 //!          before they are safe it has another name.
 //! Fails    with an [`OpenError`].
