@@ -165,6 +165,7 @@ fn a_header_that_is_none_is_not_written_over() {
 fn no_page_is_given_away_while_it_is_referred_to() {
     const PAGES: usize = 16;
     const ROUNDS: u64 = 1_000_000;
+    const LEAST: u64 = 200_000;
     let region = Region::request(&[512], Geometry::K4, "truncate").unwrap();
     let driver = Arc::new(Driver::default());
     let builder = Pagemap::builder("truncate", MemoryType::FsDax).ops(driver.clone()).range(region.ranges[0]);
@@ -172,7 +173,7 @@ fn no_page_is_given_away_while_it_is_referred_to() {
     let page = |n: usize| PfnRange::new(region.ranges[0].start.forward(PageCount::new(n)), PageCount::ONE);
     // Whose each page is; odd while it is being given to another.
     let owners: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
-    let (stop, rounds, seen) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let (stop, seen, mut rounds) = (AtomicBool::new(false), AtomicU64::new(0), 0);
     let patience = Patience::of(std::time::Duration::from_secs(60));
     std::thread::scope(|scope| {
         for thread in 0..2_usize {
@@ -197,7 +198,9 @@ fn no_page_is_given_away_while_it_is_referred_to() {
             });
         }
         let mut n = 0;
-        while rounds.fetch_add(1, Ordering::Relaxed) < ROUNDS {
+        // A round is a page given away, or one that was had by who refers to it.
+        while rounds < LEAST || rounds + seen.load(Ordering::Relaxed) < ROUNDS {
+            rounds += 1;
             n = (n + 3) % PAGES;
             let waiting = Waiting::begin(&patience);
             loop {
