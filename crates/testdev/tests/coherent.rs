@@ -239,7 +239,8 @@ fn a_child_that_shares_an_unmapped_page_keeps_it_from_being_mapped() {
     assert_eq!(bed.program.load(page_at(0)), Ok(100));
     assert!(!bed.word(0).is_on_device(), "home by a copy, the frame stays where the child's word says");
     assert_eq!((bed.other_map.count(pfn), bed.host().device_frames()), (1, 1));
-    bed.other_map.put(pfn);
+    // SAFETY: the child's word had the reference.
+    unsafe { bed.other_map.put_counted(PfnRange::new(pfn, PageCount::ONE)) };
     bed.check(0, 2);
     bed.check_nothing_leaked();
 }

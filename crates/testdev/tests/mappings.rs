@@ -1,6 +1,6 @@
 //! Scenarios in which the program changes its mappings, and several threads meet at one page.
 
-use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange};
+use uhmm_addr::{CHUNK_PAGES, PageCount, PfnRange, VaRange};
 use uhmm_core::fault::{Access, Fault, Resolution};
 use uhmm_core::frame::Slot;
 use uhmm_core::host::{Host, Stop};
@@ -326,7 +326,10 @@ fn a_child_shares_device_pages_and_gets_copies_of_staged_ones() {
     // The parent's pages go their way; the child's stay until it is gone as well.
     bed.program.unmap(pages_at(0, 12));
     assert_eq!(bed.pagemap.live().get(), 8);
-    words.iter().filter_map(|word| word.pfn()).for_each(|pfn| bed.pagemap.put(pfn));
+    for pfn in words.iter().filter_map(|word| word.pfn()) {
+        // SAFETY: the child's words had the references.
+        unsafe { bed.pagemap.put_counted(PfnRange::new(pfn, PageCount::ONE)) };
+    }
     bed.check_nothing_leaked();
 }
 

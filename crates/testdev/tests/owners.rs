@@ -249,7 +249,8 @@ fn a_page_that_a_child_shares_moves_for_one_of_them() {
         assert_eq!(bed.migrate_across(0, 1).moved.get(), 1);
         assert_eq!(bed.pagemap.count(pfn), 1, "the child's");
         bed.check(0, 1);
-        bed.pagemap.put(pfn);
+        // SAFETY: the child's word had the reference.
+        unsafe { bed.pagemap.put_counted(PfnRange::new(pfn, PageCount::ONE)) };
         bed.check_nothing_leaked();
     });
 }
@@ -325,7 +326,8 @@ fn a_huge_page_stays_huge_from_device_to_device() {
         // A page in the way of the first place.
         let stray = bed.other_map.allocate(PageCount::ONE).unwrap();
         assert_eq!(bed.migrate_across(0, CHUNK_PAGES).moved.get(), CHUNK_PAGES);
-        bed.other_map.put(stray.start);
+        // SAFETY: the reference of the allocation.
+        unsafe { bed.other_map.put_counted(stray) };
         let faults = bed.mm.stats().get(Counter::Faults);
         bed.check(0, CHUNK_PAGES);
         assert_eq!(bed.mm.stats().get(Counter::Faults) - faults, 1, "it comes home whole");

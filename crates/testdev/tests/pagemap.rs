@@ -52,11 +52,38 @@ impl PagemapOps for Life {
 
 const ROUNDS: usize = if cfg!(debug_assertions) { 60 } else { 1_500 };
 
+/// Registers and unregisters a pagemap again and again. Returns how many pages were freed.
+fn come_and_go(registry: &Registry, range: PfnRange) -> usize {
+    let mut freed = 0;
+    for round in 0..ROUNDS {
+        let geometry = if round % 2 == 0 { Geometry::M2 } else { Geometry::K4 };
+        let life = Arc::new(Life::default());
+        let builder = Pagemap::builder("dax0.0", MemoryType::FsDax).geometry(geometry).range(range);
+        let map = registry.register(builder.ops(life.clone())).unwrap();
+        for n in 0..20 {
+            if let Ok(alone) = map.claim(PfnRange::new(range.start, geometry.pages())) {
+                assert_eq!(map.count(range.start), 1, "round {round}, {n}");
+                drop(alone);
+            }
+            thread::yield_now();
+        }
+        let gone = registry.unregister(&map, &mut |_| {
+            thread::yield_now();
+            true
+        });
+        gone.unwrap();
+        assert!(life.gone.load(Ordering::SeqCst));
+        freed += life.freed.load(Ordering::Relaxed);
+    }
+    freed
+}
+
 #[test]
 fn look_ups_and_pins_race_the_teardown() {
     let registry = Arc::new(Registry::new(Arc::new(Nap)));
     let stop = Arc::new(AtomicBool::new(false));
     let range = PfnRange::new(Pfn::new(CHUNK_PAGES as u64), PageCount::new(8 * CHUNK_PAGES));
+    let other = PfnRange::new(range.end(), range.pages);
     let users: Vec<_> = (0..3)
         .map(|user| {
             let (registry, stop) = (registry.clone(), stop.clone());
@@ -64,7 +91,7 @@ fn look_ups_and_pins_race_the_teardown() {
                 let (mut seed, mut had) = (user, 0_usize);
                 let mut kept = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
-                    let pfn = range.start.forward(PageCount::new(next(&mut seed) % range.pages.get()));
+                    let pfn = range.start.forward(PageCount::new(next(&mut seed) % (2 * range.pages.get())));
                     match registry.page(pfn) {
                         Ok(page) => {
                             had += 1;
@@ -86,28 +113,14 @@ fn look_ups_and_pins_race_the_teardown() {
             })
         })
         .collect();
-    let mut freed = 0;
-    for round in 0..ROUNDS {
-        let geometry = if round % 2 == 0 { Geometry::M2 } else { Geometry::K4 };
-        let life = Arc::new(Life::default());
-        let builder = Pagemap::builder("dax0.0", MemoryType::FsDax).geometry(geometry).range(range);
-        let map = registry.register(builder.ops(life.clone())).unwrap();
-        for n in 0..20 {
-            if let Ok(alone) = map.claim(PfnRange::new(range.start, geometry.pages())) {
-                assert_eq!(map.count(range.start), 1, "round {round}, {n}");
-                drop(alone);
-            }
-            thread::yield_now();
-        }
-        registry
-            .unregister(&map, &mut |_| {
-                thread::yield_now();
-                true
-            })
-            .unwrap();
-        assert!(life.gone.load(Ordering::SeqCst));
-        freed += life.freed.load(Ordering::Relaxed);
-    }
+    // Two pagemaps come and go beside each other.
+    let owners: Vec<_> = [range, other]
+        .map(|range| {
+            let registry = registry.clone();
+            thread::spawn(move || come_and_go(&registry, range))
+        })
+        .into();
+    let freed: usize = owners.into_iter().map(|owner| owner.join().unwrap()).sum();
     stop.store(true, Ordering::Relaxed);
     let had: usize = users.into_iter().map(|user| user.join().unwrap()).sum();
     assert!(had > 0 && freed > 0, "{had} pages were had and {freed} freed");

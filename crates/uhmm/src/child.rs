@@ -5,7 +5,7 @@
 
 use std::ptr::NonNull;
 
-use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+use uhmm_addr::{PageCount, PfnRange, VaRange, VirtAddr, Vpn};
 use uhmm_core::device::Transfer;
 use uhmm_core::host::{Install, Stop};
 use uhmm_core::pagetable::PageWord;
@@ -74,7 +74,8 @@ fn populate_changed(mut child: Child<'_>) {
                     Err(_) => child.fill(page, |child, page| child.poison(page).stop),
                 }
             }
-            map.put(pfn);
+            // SAFETY: the word of the child had the reference, and the child's words count by number.
+            unsafe { map.put_counted(PfnRange::new(pfn, PageCount::ONE)) };
         }
     }
 }

@@ -74,15 +74,10 @@ pub(crate) fn weight(
     // In the quick run some of them stand for all.
     let used = units / scale.pick(1, 16).min(units);
     let before = resident().map_err(RowError::yardstick)?;
-    for n in 0..used {
-        let pages = PfnRange::new(head(&map, n), geometry.pages());
-        let mapped = map.pin(pages).map_err(RowError::unavailable)?;
-        if let Some(word) = map.page_data(pages.start) {
-            word.store(n as u64 + 1, Ordering::Relaxed);
-        }
-        // Counted by its number from now on, as the page of a mapping is.
-        map.get(pages.start);
-        drop(mapped);
+    let pages = PfnRange::new(map.range().start, PageCount::new(used << geometry.order()));
+    let mapped = map.pin(pages).map_err(RowError::unavailable)?;
+    for word in (0..used).filter_map(|n| map.page_data(head(&map, n))) {
+        word.store(1, Ordering::Relaxed);
     }
     let after = resident().map_err(RowError::yardstick)?;
     if map.live().get() != used << geometry.order() {
@@ -91,7 +86,7 @@ pub(crate) fn weight(
     // What came into being is counted in pages of the process; small tables lie in pages that are there already.
     let grown = after.saturating_sub(before) * (units / used) as u64;
     let value = grown.max(map.descriptor_bytes() as u64) as f64;
-    (0..used).for_each(|n| map.put(head(&map, n)));
+    drop(mapped);
     let limit = allowed.bytes() as f64;
     let ratio = limit / value;
     let kib = |bytes: f64| bytes / 1024.0;
@@ -200,7 +195,7 @@ pub(crate) fn pin(name: &'static str, scale: Scale) -> Result<Measure, RowError>
     if mapped.count() != 1 {
         return Err(RowError::WrongData { page: 7 });
     }
-    Ok(pair.measure(name, "ns", nanoseconds(times), "two atomic additions", 0.25))
+    Ok(pair.measure(name, "ns", nanoseconds(times), "two atomic additions", 0.50))
 }
 
 /// 128 GiB of small pages are unregistered, of which a thousand come back late, against what it takes to put these

@@ -278,6 +278,21 @@ impl Descriptors {
         None
     }
 
+    /// As [`get`](Self::get), by somebody who counts by number: nothing happens to a unit that is free.
+    pub(super) fn get_counted(word: &AtomicU32) {
+        let mut seen = word.load(Ordering::Relaxed);
+        loop {
+            debug_assert!(seen & COUNT > 0, "a reference to the free page");
+            if seen & COUNT == 0 || seen & COUNT >= MOST {
+                return;
+            }
+            match word.compare_exchange_weak(seen, seen + 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
     /// A reference to a unit of which the caller has one.
     pub(super) fn get(word: &AtomicU32) {
         let before = word.fetch_add(1, Ordering::Relaxed);

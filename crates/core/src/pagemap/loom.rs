@@ -50,7 +50,8 @@ impl Group {
 
     fn put_telling(&self, page: usize, freed: Option<&dyn Fn(usize, usize)>) {
         // SAFETY: the caller's reference is given up.
-        unsafe { Descriptors::put(NonNull::from(&self.counts), page, 1, freed) }.map(Left::count_out);
+        let left = unsafe { Descriptors::put(NonNull::from(&self.counts), page, 1, freed) };
+        left.into_iter().for_each(Left::count_out);
     }
 
     /// What the owner of the pages, or of the guard, does to them.
@@ -314,6 +315,34 @@ fn what_readers_look_at_is_not_taken_away() {
         // SAFETY: as above.
         published.contents.with_mut(|contents| unsafe { *contents = 2 });
         reader.join().unwrap();
+    });
+}
+
+#[test]
+fn of_two_who_take_away_each_waits_for_the_readers() {
+    ::loom::model(|| {
+        let published = Arc::new(Published {
+            readers: Readers::default(),
+            there: AtomicU32::new(1),
+            contents: UnsafeCell::new(1),
+        });
+        let (looker, other) = (published.clone(), published.clone());
+        let reader = thread::spawn(move || {
+            let reading = looker.readers.begin();
+            if looker.there.load(Ordering::Acquire) == 1 {
+                // SAFETY: the writer waits for us; loom reports if he does not.
+                assert_eq!(looker.contents.with(|contents| unsafe { *contents }), 1);
+            }
+            drop(reading);
+        });
+        // Somebody else takes something else away.
+        let other = thread::spawn(move || other.readers.synchronize(&Spin));
+        published.there.store(0, Ordering::Release);
+        published.readers.synchronize(&Spin);
+        // SAFETY: as above.
+        published.contents.with_mut(|contents| unsafe { *contents = 2 });
+        reader.join().unwrap();
+        other.join().unwrap();
     });
 }
 

@@ -6,11 +6,12 @@
 //!         [`PagemapSet`], the pagemaps of one address space.
 //! Why     whoever holds a device page must be able to share it (fork), keep it as the clean copy of a page in RAM,
 //!         and free it, without asking anybody else.
-//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put`] of the last one frees it (rule R3). A
-//!         live page is one reference to its pagemap; get and put of a page that stays live never touch the pagemap.
-//!         The pages of a compound page (2M, 1G) have one descriptor: a reference to any is one to the head, and
-//!         nothing steps through the others. Descriptors live in memory that is zero where nothing was stored, so that
-//!         registering a pagemap costs nothing per page; the memory may be shared between processes.
+//! Counts  a free page has count 0, the first reference sets 1, [`Pagemap::put_counted`] of the last one, or the end
+//!         of its handle, frees it (rule R3). A live page is one reference to its pagemap; get and put of a page that
+//!         stays live never touch the pagemap. The pages of a compound page (2M, 1G) have one descriptor: a reference
+//!         to any is one to the head, and nothing steps through the others. Descriptors live in memory that is zero
+//!         where nothing was stored, so that registering a pagemap costs nothing per page; the memory may be shared
+//!         between processes.
 //! Owners  a pagemap has an [`Owner`], which says whose pages these are (rule R6): its own, or one that it shares.
 //! Space   the device gets its space back in groups of 512 pages: a group that fell empty is discarded by
 //!         [`Pagemap::trim`], behind a guard that keeps allocation out meanwhile. A coherent device's memory is its
@@ -301,17 +302,28 @@ impl Pagemap {
 
     /// One more reference to a page that is in use: to its compound page.
     pub fn get(&self, pfn: Pfn) {
-        Descriptors::get(self.descriptors.unit(self.index(pfn)));
+        Descriptors::get_counted(self.descriptors.unit(self.index(pfn)));
     }
 
-    /// One reference less; the last one frees the compound page.
-    pub fn put(&self, pfn: Pfn) {
+    /// One reference less to each compound page of which there are pages in `pages`, which lie in one range; the last
+    /// one frees the page.
+    ///
+    /// # Safety
+    /// These references must be counted by number ([`Pagemap::get`], [`Pagemap::allocate`]), and be the caller's to
+    /// give up: one that a handle has keeps the pagemap that the handle points to. It is so in any case where there
+    /// are no handles: for a pagemap in no registry.
+    pub unsafe fn put_counted(&self, pages: PfnRange) {
+        self.put_range(pages);
+    }
+
+    /// One reference less, which a page word had, or whoever allocated the page for one.
+    pub(crate) fn put(&self, pfn: Pfn) {
         self.put_indices(self.index(pfn), 1);
     }
 
     /// One reference less to each compound page of which there are pages in `pages`, which lie in one range; those that
     /// were the last ones free their pages.
-    pub fn put_range(&self, pages: PfnRange) {
+    pub(crate) fn put_range(&self, pages: PfnRange) {
         let units = self.ranges.units_of(pages);
         let (first, units) = units.unwrap_or_else(|| panic!("{pages:?} belongs to another pagemap"));
         self.put_indices(first, units);
@@ -380,7 +392,10 @@ impl Pagemap {
 
     /// Frees every page, whatever its count: for whoever knows that no reference is left, as when every process
     /// that held some is gone and some were killed while they held them. Returns the pages freed.
-    pub fn free_all(&self) -> PageCount {
+    ///
+    /// # Safety
+    /// There must be no handle of any page; there is none of a pagemap in no registry.
+    pub unsafe fn free_all(&self) -> PageCount {
         PageCount::new(self.descriptors.free_all() << self.geometry().order())
     }
 

@@ -52,16 +52,15 @@ impl Readers {
         Reading { active }
     }
 
-    /// Waits until everybody has ended who began before the call. One caller at a time.
+    /// Waits until everybody has ended who began before the call.
     pub(super) fn synchronize(&self, park: &dyn Park) {
         fence(Ordering::SeqCst);
-        // A reader may have read the period long ago and be counted just now: both counts are waited for.
-        for _ in 0..2 {
-            let old = self.period.fetch_add(1, Ordering::AcqRel) as usize & 1;
-            for shard in &self.shards {
-                Self::wait(&shard.active[old], park);
-            }
-        }
+        // A reader may have read the period long ago and be counted just now: both counts are waited for, whoever else
+        // changes the period meanwhile. That is changed so that those who come later are counted elsewhere.
+        let old = self.period.fetch_add(1, Ordering::AcqRel) as usize & 1;
+        self.shards.iter().for_each(|shard| Self::wait(&shard.active[old], park));
+        self.period.fetch_add(1, Ordering::AcqRel);
+        self.shards.iter().for_each(|shard| Self::wait(&shard.active[old ^ 1], park));
     }
 
     fn wait(active: &AtomicU32, park: &dyn Park) {

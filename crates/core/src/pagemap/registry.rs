@@ -175,7 +175,7 @@ impl Registry {
             match claim {
                 Ok(claim) => claims.push(claim),
                 Err(why) => {
-                    claims.into_iter().for_each(|claim| _ = inner.tree.release(claim));
+                    claims.into_iter().for_each(|claim| _ = inner.tree.remove(claim));
                     return Err(match why {
                         ResourceError::Conflict(conflict) => conflict.into(),
                         _ => RegisterError::NotAddressable(range),
@@ -256,22 +256,25 @@ impl Registry {
             }
         }
         map.assert_drained();
-        for range in map.ranges() {
-            self.table.set(range, None);
-        }
-        self.readers.synchronize(&*self.park);
-        let mut inner = self.inner.lock(&*self.park);
-        if let Some(at) = inner.maps.iter().position(|registered| Arc::ptr_eq(&registered.map, map)) {
-            let gone = inner.maps.swap_remove(at);
-            gone.claims.into_iter().for_each(|claim| _ = inner.tree.release(claim));
-        }
-        drop(inner);
+        self.free(map);
         if let Some(ops) = &map.ops {
             ops.released();
         }
         Ok(())
     }
 
+    /// Nobody finds `map` any more, nor is anybody still looking at it, and its claims are given up.
+    fn free(&self, map: &Arc<Pagemap>) {
+        self.with(map, |_| map.ranges().for_each(|range| self.table.set(range, None)));
+        self.readers.synchronize(&*self.park);
+        let inner = &mut *self.inner.lock(&*self.park);
+        if let Some(at) = inner.maps.iter().position(|registered| Arc::ptr_eq(&registered.map, map)) {
+            let gone = inner.maps.swap_remove(at);
+            gone.claims.into_iter().for_each(|claim| _ = inner.tree.remove(claim));
+        }
+    }
+
+    /// Does `work` under the lock, if `map` is registered.
     fn with<R>(&self, map: &Arc<Pagemap>, work: impl FnOnce(&mut Registered) -> R) -> Option<R> {
         let inner = &mut *self.inner.lock(&*self.park);
         inner.maps.iter_mut().find(|registered| Arc::ptr_eq(&registered.map, map)).map(work)

@@ -1,7 +1,7 @@
 //! Where the words of a pagemap's descriptors lie in memory.
 //!
-//! What    [`DescriptorMemory`], memory for them that the caller provides, and how much of it is needed; the order of the
-//!         words: shards, groups, counts, and what is the owners' own.
+//! What    [`DescriptorMemory`], memory for them that the caller provides, and how much of it is needed; the order of
+//!         the words: shards, groups, counts, and what is the owners' own.
 //! Why     processes that share descriptors, and whoever keeps them on the device, must agree about it.
 //! Fails   nothing here fails.
 

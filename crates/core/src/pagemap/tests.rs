@@ -184,7 +184,8 @@ fn a_guard_keeps_allocation_out() {
     assert_eq!(counts.allocate(0, 1, false, end), Some((0, 1)));
     assert_eq!(counts.guard_idle_group(), None, "in use");
     // SAFETY: the reference of the allocation.
-    unsafe { Descriptors::put(core::ptr::NonNull::from(&counts), 0, 1, None) }.map(Left::count_out);
+    let left = unsafe { Descriptors::put(core::ptr::NonNull::from(&counts), 0, 1, None) };
+    left.into_iter().for_each(Left::count_out);
     assert_eq!(counts.guard_idle_group(), Some(0));
     assert_eq!(counts.guard_idle_group(), None, "guarded already");
     assert_eq!((counts.allocate(0, 1, false, end), counts.allocate_group(end)), (None, None));

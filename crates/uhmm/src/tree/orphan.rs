@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use uhmm_addr::{PageCount, Pfn, VaRange, VirtAddr, Vpn};
+use uhmm_addr::{PageCount, Pfn, PfnRange, VaRange, VirtAddr, Vpn};
 use uhmm_core::device::Transfer;
 use uhmm_core::fault::Access;
 use uhmm_core::fault::decide::{Action, decide};
@@ -69,7 +69,8 @@ impl Nursery<'_> {
         if let Some(pfn) = self.pfn(word)
             && self.pagemap.count(pfn) > 0
         {
-            self.pagemap.put(pfn);
+            // SAFETY: the keeper's pagemap is in no registry, whatever the word says.
+            unsafe { self.pagemap.put_counted(PfnRange::new(pfn, PageCount::ONE)) };
         }
     }
 }

@@ -318,6 +318,18 @@ impl ResourceTree {
         Ok(level.remove(at).resource)
     }
 
+    /// Takes a range away; what lies inside takes its place (`remove_resource`).
+    ///
+    /// # Errors
+    /// [`ResourceError::Unknown`].
+    pub fn remove(&mut self, id: ResourceId) -> Result<Resource, ResourceError> {
+        let found = Self::locate(&mut self.children, id, self.whole);
+        let (level, at, _) = found.ok_or(ResourceError::Unknown(id))?;
+        let node = level.remove(at);
+        node.children.into_iter().for_each(|child| place(level, child));
+        Ok(node.resource)
+    }
+
     /// How `range` meets ranges of this kind (`region_intersects`). What lies inside a range of another kind counts
     /// where it covers what the two have in common.
     pub fn intersects(&self, range: PfnRange, kind: ResourceKind) -> Intersection {

@@ -132,6 +132,18 @@ fn ranges_grow_and_shrink_among_their_neighbours() {
 }
 
 #[test]
+fn what_lay_inside_takes_the_place_of_what_is_removed() {
+    let mut tree = machine();
+    let dax = tree.request(range(400, 100), "dax0.0", NONE).unwrap();
+    tree.insert(range(420, 10), "label", NONE).unwrap();
+    assert!(matches!(tree.release(dax), Err(ResourceError::Occupied(..))));
+    assert_eq!(&*tree.remove(dax).unwrap().name, "dax0.0");
+    assert_eq!(tree.remove(dax), Err(ResourceError::Unknown(dax)));
+    let depths: Vec<_> = tree.iter().map(|(depth, resource)| (depth, &*resource.name)).collect();
+    assert_eq!(depths, [(0, "System RAM"), (0, "Persistent Memory"), (1, "label")]);
+}
+
+#[test]
 fn region_intersects() {
     let mut tree = machine();
     let meets = |tree: &ResourceTree, start, pages, kind| tree.intersects(range(start, pages), kind);

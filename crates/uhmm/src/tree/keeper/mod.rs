@@ -210,7 +210,8 @@ impl Keeper {
             && self.held.is_empty()
             && self.departed.is_empty();
         if nobody && self.tree.pagemap.live() != PageCount::ZERO {
-            self.tree.pagemap.free_all();
+            // SAFETY: the keeper's pagemap is in no registry.
+            unsafe { self.tree.pagemap.free_all() };
         }
     }
 }
