@@ -7,6 +7,7 @@
 //! Fails    by panicking. `cargo run --bin device_url -- FILE` runs one input again.
 
 pub mod byte_size;
+pub mod dax_label;
 pub mod device_url;
 pub mod maps_line;
 pub mod operations;
@@ -27,8 +28,9 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     Target { name: "byte_size", run: byte_size::run, seeds: byte_size::seeds },
+    Target { name: "dax_label", run: dax_label::run, seeds: dax_label::seeds },
     Target { name: "device_url", run: device_url::run, seeds: device_url::seeds },
     Target { name: "maps_line", run: maps_line::run, seeds: maps_line::seeds },
     Target { name: "protocol", run: protocol::run, seeds: protocol::seeds },

@@ -19,7 +19,7 @@ use steps::{Outcome, Step};
 /// A chore: its name, what it is for, its steps.
 type Task = (&'static str, &'static str, fn(&[String]) -> Vec<Step>);
 
-const TASKS: [Task; 9] = [
+const TASKS: [Task; 10] = [
     ("ci", "every check below", |_| steps::ci()),
     ("fmt", "formats everything; --check only looks", steps::fmt),
     ("lint", "clippy and rustdoc, with no warning left", |_| steps::lint()),
@@ -30,6 +30,7 @@ const TASKS: [Task; 9] = [
         steps::conformance()
     }),
     ("bench-smoke", "the figures, quickly; goals are not judged", |_| steps::bench_smoke()),
+    ("man", "the manual pages, below the target directory", |_| steps::man()),
     ("first-run", "the first command of the README, against the same without uhmm", |_| steps::first_run()),
 ];
 

@@ -277,6 +277,12 @@ pub(crate) fn bench_smoke() -> Vec<Step> {
     vec![Step::cargo("bench", "run --release -- bench --quick")]
 }
 
+pub(crate) fn man() -> Vec<Step> {
+    let mut step = Step::cargo("man", "run -- man");
+    step.arguments.push(below_target("man").to_string_lossy().into_owned());
+    vec![step]
+}
+
 pub(crate) fn first_run() -> Vec<Step> {
     let mut step = Step::cargo("first-run", "run --release -- run --ram 64MiB -- sh -c");
     step.arguments.push(PIPELINE.to_owned());

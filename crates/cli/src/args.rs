@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use uhmm_addr::ByteSize;
 
+use crate::dax::DaxVerb;
+
 /// Runs programs in less memory than they need: what is cold lives on a device and comes back when touched.
 #[derive(Parser, Debug)]
 #[command(name = "uhmm", version, about, after_help = EXAMPLES)]
@@ -19,7 +21,18 @@ Examples:
   uhmm run --ram 64MiB -- sh -c 'seq 3000000 | sort -r -S 1G | md5sum'
   uhmm run --ram 2G --device 'file:/nvme/far.img?size=64GiB' -- ./prog --its own
   uhmm doctor
-  uhmm bench fault-signal --json";
+  uhmm bench fault-signal --json
+  uhmm dax create /dev/hugepages/pool --capacity 2G --size 1G --align 2M";
+
+const DAX_EXAMPLES: &str = "\
+Examples:
+  uhmm dax create pmem.img --capacity 1G --size 256M --align 2M --name logs
+  uhmm dax list pmem.img --json --mappings
+  uhmm dax resize pmem.img dax0.0 512M
+  uhmm dax inject-error pmem.img dax0.0 --offset 4K
+  uhmm dax clear-error pmem.img dax0.0
+
+Exit codes: 2 what was asked for cannot be, 1 it failed: in use, full, labels lost, no huge pages.";
 
 const RUN_EXAMPLES: &str = "\
 Devices:
@@ -56,6 +69,17 @@ pub(crate) enum Verb {
         /// As JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Divide a file or huge pages into namespaces that are mapped directly
+    #[command(after_help = DAX_EXAMPLES)]
+    Dax {
+        #[command(subcommand)]
+        verb: DaxVerb,
+    },
+    /// Write the manual pages into a directory
+    Man {
+        /// Where; it is made if it is not there
+        directory: PathBuf,
     },
 }
 

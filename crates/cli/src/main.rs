@@ -1,6 +1,6 @@
 //! The `uhmm` command.
 //!
-//! What     [`args`] reads the command line; [`run`], [`doctor`] and [`bench`] are the three commands; [`exit`]
+//! What     [`args`] reads the command line; [`run`], [`doctor`], [`bench`], [`dax`] and [`man`] are the commands; [`exit`]
 //!          is the one place that knows exit codes, [`print`] the one that writes to the standard files.
 //! Owns     nothing that outlives a command, but the keeper process of `run`.
 //! Fails    with a message that says what was wrong and what to do, and an exit code.
@@ -8,8 +8,10 @@
 
 mod args;
 mod bench;
+mod dax;
 mod doctor;
 mod exit;
+mod man;
 mod print;
 mod run;
 
@@ -22,5 +24,7 @@ fn main() {
         Verb::Run(args) => run::run(&args),
         Verb::Doctor { json } => doctor::doctor(json),
         Verb::Bench { rows, json, quick } => bench::bench(&rows, json, quick),
+        Verb::Dax { verb } => dax::dax(verb),
+        Verb::Man { directory } => man::man(&directory),
     })
 }

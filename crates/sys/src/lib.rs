@@ -2,8 +2,8 @@
 //!
 //! What     userfaultfd ([`uffd`], [`host`]), what is present and permitted ([`scan`], [`rights`], [`maps`],
 //!          [`smaps`], [`meter`]), memory of our own ([`mapping`], [`memfd`], [`node`]), frames that outlive their
-//!          mapping ([`held`]), threads, signals and sockets, [`vfio`], and [`probe`], which asks the running kernel
-//!          once what it can do.
+//!          mapping ([`held`]), files that several use ([`filelock`], [`watch`]) or that are mapped directly ([`dax`]),
+//!          threads, signals and sockets, [`vfio`], and [`probe`], which asks the running kernel once what it can do.
 //! Needs    Linux 5.7 for write-protection, 6.7 for `PAGEMAP_SCAN`, 6.8 for `UFFDIO_MOVE`; what is missing
 //!          is found by [`probe`] and by outcome, never assumed from a version number.
 //! Never    keeps page states, decides policy, or retries on its own: each outcome is decoded once and
@@ -14,9 +14,12 @@
 pub mod awake;
 pub mod child;
 pub mod clock;
+pub mod dax;
+pub mod filelock;
 pub mod futex;
 pub mod held;
 pub mod host;
+pub mod hugetlb;
 pub mod limits;
 pub mod mapping;
 pub mod maps;
@@ -25,6 +28,7 @@ pub mod meter;
 pub mod node;
 pub mod placement;
 pub mod probe;
+pub mod random;
 pub mod relay;
 pub mod rights;
 pub mod scan;
@@ -36,3 +40,4 @@ pub mod thread;
 mod uapi;
 pub mod uffd;
 pub mod vfio;
+pub mod watch;

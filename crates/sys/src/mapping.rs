@@ -123,7 +123,7 @@ impl Mapping {
 
     /// As [`Mapping::reserve`], at a multiple of `align`, a power of two of at least a page.
     pub fn reserve_aligned(len: usize, align: usize, name: &str) -> io::Result<Self> {
-        let mapping = Self::place(len, align, |at, len| {
+        let mapping = Self::place(len, align, 0, |at, len| {
             let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
             // SAFETY: `place` hands over pages that it mapped itself and that nobody uses yet.
             unsafe { mm::mmap_anonymous(at, len, ProtFlags::READ | ProtFlags::WRITE, flags) }
@@ -149,7 +149,7 @@ impl Mapping {
         } else {
             PAGE_SIZE
         };
-        let mapping = Self::place(len, align, |at, len| {
+        let mapping = Self::place(len, align, 0, |at, len| {
             // No NORESERVE: huge pages that the pool lacks shall fail here and not at the first touch.
             let flags = MapFlags::SHARED | MapFlags::FIXED;
             // SAFETY: `place` hands over pages that it mapped itself and that nobody uses yet, and `len` is
@@ -167,7 +167,7 @@ impl Mapping {
         if !len.is_multiple_of(size.bytes()) {
             return Err(Errno::INVAL.into());
         }
-        Self::place(len, size.bytes(), |at, len| {
+        Self::place(len, size.bytes(), 0, |at, len| {
             let flags = MapFlags::PRIVATE | MapFlags::FIXED | size.map_flags();
             // SAFETY: `place` hands over pages that it mapped itself and that nobody uses yet, and `len` is
             // not rounded up.
@@ -178,7 +178,7 @@ impl Mapping {
     /// Private zero pages that are to take the place of a mapping of the program's ([`Mapping::replace`]): without a
     /// name, and accounted (counted as promised memory) as that one is.
     pub fn replacement(len: usize, write: bool, accounted: bool) -> io::Result<Self> {
-        let mapping = Self::place(len, PAGE_SIZE, |at, len| {
+        let mapping = Self::place(len, PAGE_SIZE, 0, |at, len| {
             let reserve = if accounted { MapFlags::empty() } else { MapFlags::NORESERVE };
             let flags = MapFlags::PRIVATE | MapFlags::FIXED | reserve;
             // SAFETY: `place` hands over pages that it mapped itself and that nobody uses yet.
@@ -220,14 +220,26 @@ impl Mapping {
         }
     }
 
+    /// The file `fd`, which is empty, over addresses whose remainder by `align`, a power of two, is `phase`:
+    /// any access raises SIGBUS, until something else is mapped there.
+    pub(crate) fn void(fd: BorrowedFd<'_>, len: usize, align: usize, phase: usize) -> io::Result<Self> {
+        Self::place(len, align, phase, |at, len| {
+            let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+            // SAFETY: `place` hands over pages that it mapped itself and that nobody uses yet.
+            unsafe { mm::mmap(at, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, 0) }
+        })
+    }
+
     /// Finds room, enters it into the register, and only then lets `fill` put memory there. Before that it
     /// cannot be accessed at all, so that nobody takes it for memory of the program.
     fn place(
         len: usize,
         align: usize,
+        phase: usize,
         fill: impl FnOnce(*mut core::ffi::c_void, usize) -> Result<*mut core::ffi::c_void, Errno>,
     ) -> io::Result<Self> {
-        if !align.is_power_of_two() || align < PAGE_SIZE || len == 0 || !len.is_multiple_of(PAGE_SIZE) {
+        let whole = len.is_multiple_of(PAGE_SIZE) && phase.is_multiple_of(PAGE_SIZE) && phase < align;
+        if !align.is_power_of_two() || align < PAGE_SIZE || len == 0 || !whole {
             return Err(Errno::INVAL.into());
         }
         let room = len.checked_add(align - PAGE_SIZE).ok_or(Errno::NOMEM)?;
@@ -235,7 +247,8 @@ impl Mapping {
         // SAFETY: without MAP_FIXED the kernel picks addresses where nothing is mapped.
         let base = unsafe { mm::mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags) }?;
         let base = base.cast::<u8>();
-        let before = (base as usize).next_multiple_of(align) - base as usize;
+        // To where addresses have that remainder.
+        let before = (phase + align - base as usize % align) % align;
         let start = base.wrapping_add(before);
         let behind = room - before - len;
         // SAFETY: both parts lie in the `room` bytes just mapped and are handed to nobody. An error would

@@ -6,7 +6,7 @@
 //! Why      a page whose contents are lost is poisoned, and touching it raises SIGBUS: the place to say which
 //!          page and why, or to mend it. The program's own handler must not notice that we were there.
 //! Owns     one process-wide handler and the disposition that was there before it.
-//! Fails    installing fails when another handler of ours is there.
+//! Fails    installing fails when as many handlers of ours are there as there can be.
 //!
 //! Everything the handler runs is safe in a signal handler: no locks, no allocation, no thread-local storage,
 //! and no call that would change `errno`.
@@ -23,6 +23,7 @@ use linux_raw_sys::general as sys;
 use rustix::io::Errno;
 use uhmm_addr::VirtAddr;
 
+use crate::futex::Lock;
 use crate::thread::raw;
 
 const SIGBUS: i32 = sys::SIGBUS as i32;
@@ -99,6 +100,9 @@ pub enum Handled {
     Ours,
     /// Not ours: the program gets it.
     NotOurs,
+    /// Of a page that is lost for good: the program gets it as the kernel reports such pages, with
+    /// `BUS_MCEERR_AR` and log2 of the bytes that went with it (`si_addr_lsb`).
+    Poisoned(u8),
 }
 
 /// A function that looks at a SIGBUS first. It must be safe in a signal handler and must not unwind.
@@ -107,9 +111,9 @@ pub type Handler = fn(VirtAddr, &FaultInfo) -> Handled;
 /// Why a handler was not installed.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
-    /// Another one is.
-    #[error("another SIGBUS handler of uhmm is installed already")]
-    Other,
+    /// As many as there can be are.
+    #[error("{CAPACITY} other SIGBUS handlers of uhmm are installed already")]
+    Full,
     /// The kernel refused.
     #[error("the SIGBUS handler cannot be installed")]
     Os(#[from] io::Error),
@@ -138,10 +142,16 @@ struct Before {
 static BEFORE: Before =
     Before { handler: AtomicUsize::new(DEFAULT), flags: AtomicU64::new(0), mask: AtomicU64::new(0) };
 
-/// The [`Handler`], as a pointer.
-static HANDLER: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+/// How many [`Handler`]s there can be.
+pub const CAPACITY: usize = 4;
 
-/// The handler of SIGBUS that comes before the program's.
+/// The [`Handler`]s, as pointers, in the order in which they are asked.
+static HANDLERS: [AtomicPtr<c_void>; CAPACITY] = [const { AtomicPtr::new(ptr::null_mut()) }; CAPACITY];
+
+/// Whether ours was put in front. Held while it is being done; never by the handler.
+static INSTALLED: Lock<bool> = Lock::new(false);
+
+/// The handler of SIGBUS that comes before the program's: it asks each [`Handler`] until one says that it is its.
 ///
 /// A program that installs its own later replaces it; a program that installed one before keeps it behind
 /// ours. That one runs on the alternate stack where the thread has one, even if it did not ask for it; all
@@ -150,16 +160,24 @@ static HANDLER: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 pub struct SigbusChain(());
 
 impl SigbusChain {
-    /// Installs `handler`. A second time with the same handler changes nothing, wherever the program has put
-    /// it since: putting ours in front again of one that calls ours would make a circle.
+    /// Has `handler` asked, behind those that were installed before. A second time with the same handler changes
+    /// nothing, and neither does another one change where ours stands, wherever the program has put it since:
+    /// putting ours in front again of one that calls ours would make a circle.
     ///
     /// # Safety
     /// `handler` must be safe in a signal handler: no locks, allocation, thread-local storage or unwinding.
     /// It says [`Handled::Ours`] only when trying the access again is right.
     pub unsafe fn install(handler: Handler) -> Result<(), InstallError> {
         let ours = handler as *mut c_void;
-        if let Err(there) = HANDLER.compare_exchange(ptr::null_mut(), ours, SeqCst, SeqCst) {
-            return if there == ours { Ok(()) } else { Err(InstallError::Other) };
+        let mut slots = HANDLERS.iter();
+        let slot = slots.find(|slot| match slot.compare_exchange(ptr::null_mut(), ours, SeqCst, SeqCst) {
+            Ok(_) => true,
+            Err(there) => there == ours,
+        });
+        let slot = slot.ok_or(InstallError::Full)?;
+        let mut in_front = INSTALLED.lock();
+        if *in_front {
+            return Ok(());
         }
         let action = Action {
             handler: on_sigbus as *const () as usize,
@@ -176,8 +194,9 @@ impl SigbusChain {
                 }
             })
         });
+        *in_front = installed.is_ok();
         installed.map_err(|error| {
-            HANDLER.store(ptr::null_mut(), SeqCst);
+            slot.store(ptr::null_mut(), SeqCst);
             InstallError::Os(error.into())
         })
     }
@@ -259,6 +278,8 @@ struct Info {
     code: i32,
     pad: i32,
     address: usize,
+    /// Of a page that broke: log2 of its bytes.
+    least_bit: i16,
 }
 
 /// The kernel's `struct ucontext`, as far as it is read.
@@ -279,6 +300,8 @@ const RIP: usize = 16;
 const ERROR: usize = 19;
 /// In a page fault's error code: it was a write.
 const ERROR_WRITE: u64 = 2;
+/// `BUS_MCEERR_AR`: the page that was accessed is broken.
+const BROKEN_HERE: i32 = 4;
 /// `BUS_MCEERR_AO`: a page broke that nobody has accessed yet.
 const BROKEN_ELSEWHERE: i32 = 5;
 
@@ -293,12 +316,24 @@ extern "C" fn on_sigbus(signal: i32, info: *mut Info, context: *mut Context) {
         // Codes of signals that were sent are zero or negative.
         synchronous: code > 0 && code != BROKEN_ELSEWHERE,
     };
-    let handler = HANDLER.load(SeqCst);
-    if !handler.is_null() {
+    for slot in &HANDLERS {
+        let handler = slot.load(SeqCst);
+        if handler.is_null() {
+            continue;
+        }
         // SAFETY: the word only ever holds null or a `Handler`.
         let handler = unsafe { core::mem::transmute::<*mut c_void, Handler>(handler) };
-        if handler(VirtAddr::new(address), &fault) == Handled::Ours {
-            return;
+        match handler(VirtAddr::new(address), &fault) {
+            Handled::Ours => return,
+            Handled::NotOurs => {}
+            Handled::Poisoned(order) => {
+                // SAFETY: as above; the signal frame is this handler's to change.
+                unsafe {
+                    (*info).code = BROKEN_HERE;
+                    (*info).least_bit = i16::from(order);
+                }
+                break;
+            }
         }
     }
     // SAFETY: the arguments are the kernel's, of this signal; its interrupted mask is `mask`.
@@ -359,7 +394,7 @@ fn die(synchronous: bool) {
 const _: () = {
     assert!(core::mem::offset_of!(Context, registers) == 40);
     assert!(core::mem::offset_of!(Context, mask) == 296);
-    assert!(core::mem::offset_of!(Info, address) == 16);
+    assert!(core::mem::offset_of!(Info, address) == 16 && core::mem::offset_of!(Info, least_bit) == 24);
 };
 
 #[cfg(test)]

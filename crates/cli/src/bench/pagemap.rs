@@ -98,6 +98,7 @@ pub(crate) fn weight(
         limit_name: "the goal, for 1 TiB in use",
         ratio,
         goal: 1.0,
+        most: None,
         met: ratio >= 1.0,
     })
 }

@@ -402,3 +402,35 @@ fn a_teardown_that_gives_up_leaves_everything_usable() {
         assert_eq!(registry.page(RANGE.start).is_ok(), !gone, "found meanwhile: {found}");
     });
 }
+
+/// Truncation against a transfer, as fs-dax does both: who transfers refers to the page, who gives it to another file claims
+/// it first.
+#[test]
+fn a_page_that_is_transferred_is_given_to_nobody() {
+    ::loom::model(|| {
+        let group = Group::new();
+        let other = group.clone();
+        let transfer = thread::spawn(move || {
+            if other.counts.find(0, true).is_ok() {
+                // SAFETY: nobody writes while this reads, or loom reports it.
+                other.contents.with(|value| unsafe { assert!(*value < 2) });
+                other.put(0);
+            }
+        });
+        // The next owner writes to it.
+        let gone = group.counts.seize(0).is_ok();
+        if gone {
+            group.touch();
+            group.put(0);
+        }
+        transfer.join().unwrap();
+        assert!(
+            gone || group.counts.seize(0).is_ok_and(|()| {
+                group.put(0);
+                true
+            }),
+            "a claim that was refused succeeds when the transfer has ended"
+        );
+        group.assert_empty();
+    });
+}

@@ -54,9 +54,27 @@ fn not_mine(_: VirtAddr, _: &FaultInfo) -> Handled {
     Handled::NotOurs
 }
 
+fn poisoned(_: VirtAddr, _: &FaultInfo) -> Handled {
+    Handled::Poisoned(21)
+}
+
+fn another(at: VirtAddr, _: &FaultInfo) -> Handled {
+    MASK.store(at.get() as u64, SeqCst);
+    Handled::NotOurs
+}
+
+fn one_more(at: VirtAddr, _: &FaultInfo) -> Handled {
+    PAGE.store(at.get(), SeqCst);
+    Handled::NotOurs
+}
+
+/// What the program was told: the code, and log2 of the bytes.
+static TOLD: AtomicU64 = AtomicU64::new(0);
+
 extern "C" fn theirs(signal: i32, info: *mut Info, _: *mut Context) {
     // SAFETY: the kernel, or the chain in its place, passes all arguments.
-    let address = unsafe { (*info).address };
+    let (address, code, order) = unsafe { ((*info).address, (*info).code, (*info).least_bit) };
+    TOLD.store(code as u64 * 100 + order as u64, SeqCst);
     let before = set_mask(u64::MAX);
     set_mask(before);
     MASK.store(before, SeqCst);
@@ -95,8 +113,13 @@ fn run(case: &str) {
         "ours" => {
             install(mine);
             install(mine);
+            // Those behind it are not asked.
+            install(not_mine);
+            install(poisoned);
+            install(another);
             // SAFETY: refused.
-            assert!(unsafe { SigbusChain::install(not_mine) }.is_err());
+            let one_more = unsafe { SigbusChain::install(one_more) };
+            assert!(matches!(one_more, Err(InstallError::Full)));
             let page = broken_page();
             // Opening what does not exist leaves an error number behind.
             std::fs::File::open("/does/not/exist").unwrap_err();
@@ -119,6 +142,13 @@ fn run(case: &str) {
             assert_eq!(MASK.load(SeqCst), expected);
             // The interrupted mask is back.
             assert_eq!(set_mask(0), 0);
+        }
+        "poisoned" => {
+            program_has(handler, sys::SA_SIGINFO, 0);
+            install(not_mine);
+            install(poisoned);
+            touch(&broken_page());
+            assert_eq!((OURS.load(SeqCst), THEIRS.load(SeqCst), TOLD.load(SeqCst)), (1, 1, 421));
         }
         "reset" => {
             program_has(handler, sys::SA_SIGINFO | sys::SA_RESETHAND, 0);
@@ -163,6 +193,7 @@ fn sigbus_goes_to_whom_it_belongs() {
         ("chain", None),
         ("plain", None),
         ("nodefer", None),
+        ("poisoned", None),
         ("reset", killed),
         ("default", killed),
         ("ignored", killed),

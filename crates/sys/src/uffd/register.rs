@@ -31,6 +31,9 @@ impl Mode {
     /// Missing pages and protected ones.
     pub const MISSING_AND_WP: Self = Self { missing: true, write_protect: true, minor: false };
 
+    /// Pages of a file that are there and not mapped here.
+    pub const MINOR: Self = Self { missing: false, write_protect: false, minor: true };
+
     const fn bits(self) -> u64 {
         use linux_raw_sys::general as raw;
         let mut bits = 0;

@@ -1,0 +1,133 @@
+//! The table of files.
+//!
+//! What     [`Meta`], which files there are, how long they are and where their blocks lie; [`Record`], one file.
+//! Why      a change of a file is one transaction: after a crash there is the file before it or the file after it.
+//! Owns     the database, which is the truth; whoever changes it holds the file system's lock.
+//! Fails    with [`MetaError`]; then nothing has changed.
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+
+use super::backend::Backend;
+use super::runs::{Run, Runs};
+
+const NAMES: TableDefinition<'_, &str, u64> = TableDefinition::new("names");
+const FILES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("files");
+
+/// Bytes that the database may keep in memory.
+const CACHE: usize = 4 << 20;
+
+/// Why the table cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("the table of files: {0}")]
+pub struct MetaError(#[source] Box<redb::Error>);
+
+fn failed(error: impl Into<redb::Error>) -> MetaError {
+    MetaError(Box::new(error.into()))
+}
+
+/// One file.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Record {
+    /// Its length in bytes.
+    pub(super) size: u64,
+    /// Its blocks.
+    pub(super) runs: Runs,
+}
+
+impl Record {
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = self.size.to_le_bytes().to_vec();
+        for run in self.runs.iter() {
+            [run.at, run.block, run.len].iter().for_each(|word| bytes.extend(word.to_le_bytes()));
+        }
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (words, rest) = bytes.as_chunks::<8>();
+        let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        let (size, runs) = words.split_first()?;
+        let (runs, odd) = runs.as_chunks::<3>();
+        if !rest.is_empty() || !odd.is_empty() {
+            return None;
+        }
+        let runs = runs.iter().map(|[at, block, len]| Run { at: *at, block: *block, len: *len });
+        Some(Self { size: *size, runs: Runs::checked(runs.collect())? })
+    }
+}
+
+/// The table of files.
+#[derive(Debug)]
+pub(super) struct Meta {
+    database: Database,
+}
+
+impl Meta {
+    pub(super) fn open(backend: Backend) -> Result<Self, MetaError> {
+        let database =
+            Database::builder().set_cache_size(CACHE).create_with_backend(backend).map_err(failed)?;
+        let meta = Self { database };
+        // So that reading finds them.
+        meta.change(|_, _| Ok(()))?;
+        Ok(meta)
+    }
+
+    fn change(
+        &self,
+        change: impl FnOnce(
+            &mut redb::Table<'_, &str, u64>,
+            &mut redb::Table<'_, u64, &[u8]>,
+        ) -> Result<(), redb::StorageError>,
+    ) -> Result<(), MetaError> {
+        let transaction = self.database.begin_write().map_err(failed)?;
+        {
+            let mut names = transaction.open_table(NAMES).map_err(failed)?;
+            let mut files = transaction.open_table(FILES).map_err(failed)?;
+            change(&mut names, &mut files).map_err(failed)?;
+        }
+        transaction.commit().map_err(failed)
+    }
+
+    /// Every file: its name, its number and what is known of it.
+    pub(super) fn files(&self) -> Result<Vec<(String, u64, Record)>, MetaError> {
+        let transaction = self.database.begin_read().map_err(failed)?;
+        let names = transaction.open_table(NAMES).map_err(failed)?;
+        let files = transaction.open_table(FILES).map_err(failed)?;
+        let corrupted = |name: &str| {
+            failed(redb::StorageError::Corrupted(format!("the record of the file {name:?} makes no sense")))
+        };
+        let mut found = Vec::new();
+        for entry in names.iter().map_err(failed)? {
+            let (name, inode) = entry.map_err(failed)?;
+            let (name, inode) = (name.value(), inode.value());
+            let record = files.get(inode).map_err(failed)?;
+            let record =
+                record.and_then(|bytes| Record::decode(bytes.value())).ok_or_else(|| corrupted(name))?;
+            found.push((name.to_owned(), inode, record));
+        }
+        Ok(found)
+    }
+
+    /// A new file.
+    pub(super) fn create(&self, name: &str, inode: u64, record: &Record) -> Result<(), MetaError> {
+        self.change(|names, files| {
+            names.insert(name, inode)?;
+            files.insert(inode, record.encode().as_slice())?;
+            Ok(())
+        })
+    }
+
+    /// No such file any more.
+    pub(super) fn remove(&self, name: &str, inode: u64) -> Result<(), MetaError> {
+        self.change(|names, files| {
+            names.remove(name)?;
+            files.remove(inode)?;
+            Ok(())
+        })
+    }
+
+    /// A file as it is from now on.
+    pub(super) fn update(&self, inode: u64, record: &Record) -> Result<(), MetaError> {
+        self.change(|_, files| files.insert(inode, record.encode().as_slice()).map(drop))
+    }
+}
