@@ -4,16 +4,16 @@
 //!          share ([`DaxFile::reflink`]), pin and map.
 //! Why      a program that wants directly mapped memory by name should not have to divide a device itself.
 //! Blocks   a block is a compound page of the namespace's alignment. The first ones hold the table of files
-//!          ([`meta`]), every other one belongs to a file, to several (shared, copied when one of them writes), or to nobody.
+//!          (`meta`), every other one belongs to a file, to several (shared, copied when one of them writes), or to nobody.
 //! Crashes  the table is one transaction a change. Blocks that a change gives to a file are zero, and safe, before
 //!          it; blocks that it takes away are nobody's after it. What was written is safe when the call returns; a crash in
 //!          the middle of a write leaves some of it, as in any file system without a journal of data.
-//! Pages    are referred to while bytes are copied and while they are pinned; [`layout`] argues why a block that is
+//! Pages    are referred to while bytes are copied and while they are pinned; `layout` argues why a block that is
 //!          referred to is given to nobody else. Its head's word says whose it is (`dax_associate_entry`).
 //! Transfers that the kernel makes to a mapping's addresses are not seen here: pin the pages of the file first.
 //! Locks    `state`, one for all that concerns where blocks are, held while the table is written; the list of `views`;
 //!          a view's own. In this order. No lock is held while pages are waited for.
-//! Fails    with [`FileError`]; a change that fails has not happened ([`change`] names the exception).
+//! Fails    with [`FileError`]; a change that fails has not happened (`change` names the exception).
 
 mod backend;
 mod blocks;
