@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod hmm_tests;
+mod oracle;
 mod steps;
 
 use std::path::{Path, PathBuf};
@@ -34,6 +35,8 @@ const TASKS: [Task; 10] = [
     ("first-run", "the first command of the README, against the same without uhmm", |_| steps::first_run()),
 ];
 
+/// Not part of `ci`: it needs a kernel that is built elsewhere.
+const ORACLE: &str = "oracle";
 /// A step of `conformance`, which is no command of somebody else's.
 const HMM_TESTS: &str = "hmm-tests";
 
@@ -44,12 +47,16 @@ fn main() -> ExitCode {
     if name == HMM_TESTS {
         return hmm_tests::run(&root(), &rest);
     }
+    if name == ORACLE {
+        return oracle::run(&root(), &rest);
+    }
     let Some((_, _, steps)) = TASKS.iter().find(|(known, ..)| *known == name) else {
         eprintln!("usage: cargo xtask TASK\n");
         for (name, about, _) in TASKS {
             eprintln!("  {name:<12} {about}");
         }
         eprintln!("  {HMM_TESTS:<12} the last steps of conformance by themselves; --repeat N, --fallback");
+        eprintln!("  {ORACLE:<12} our device against the kernel's in a virtual machine; not part of ci");
         return ExitCode::from(2);
     };
     run(&steps(&rest))

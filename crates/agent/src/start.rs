@@ -19,6 +19,7 @@ use uhmm::tree::client::{self, ClientError, Joined};
 use uhmm::tree::protocol::{self, Welcome};
 use uhmm::tree::shared::ProcessBlock;
 use uhmm_addr::{ByteSize, PageCount};
+use uhmm_core::fault::window::Windows;
 use uhmm_core::pagemap::{DescriptorMemory, Pagemap};
 use uhmm_devices::{Handle, OpenError};
 use uhmm_sys::futex::{self, Lock};
@@ -256,8 +257,7 @@ fn connect(cookie: u64) -> Result<Agent, StartError> {
         arena: arena_for(welcome.budget),
         huge: None,
         pagemaps: vec![pagemap.clone()],
-        random_window: RANDOM_WINDOW,
-        most_window: uhmm_core::fault::MAX_WINDOW,
+        windows: Windows::new(RANDOM_WINDOW, uhmm_core::fault::MAX_WINDOW),
         track: welcome.track,
         forced_fallback: welcome.force_fallback,
         stats: Some(&block.stats),

@@ -8,7 +8,7 @@ use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use uhmm::{VaRange, VirtAddr};
+use uhmm::{Space, VaRange, VirtAddr};
 use uhmm_dmirror::Node;
 
 use crate::command::{self, Errno};
@@ -301,8 +301,35 @@ pub unsafe extern "C" fn mprotect(at: *mut c_void, len: usize, protection: c_int
     // SAFETY: the caller's arguments, as they are.
     let protect = || unsafe { real(at, len, protection) };
     match (State::get(), VaRange::covering(VirtAddr::of(at), len)) {
-        (Some(state), Some(range)) => state.machine.space().protecting(range, protect),
+        (Some(state), Some(range)) => {
+            let space = state.machine.space();
+            telling(space, &changed(space, range, protection), &protect)
+        }
         _ => protect(),
+    }
+}
+
+/// Ranges that are told of one by one.
+const SEVERAL: usize = 8;
+
+/// What of `range` a protection changes, as the kernel sees it: nothing of what may be read and written already and
+/// is to be. (If another thread takes that away meanwhile, a right is given back untold, which makes no table lie.)
+fn changed(space: &Space, range: VaRange, protection: c_int) -> Vec<VaRange> {
+    let everything = libc::PROT_READ | libc::PROT_WRITE;
+    if protection & everything != everything {
+        return vec![range];
+    }
+    let Ok(mappings) = space.mappings(range) else { return vec![range] };
+    let changed = mappings.iter().filter(|mapping| !(mapping.read && mapping.write));
+    let changed: Vec<_> = changed.map(|mapping| mapping.range).collect();
+    if changed.len() > SEVERAL { vec![range] } else { changed }
+}
+
+/// Has mirrors told of all `ranges` until `protect` is over.
+fn telling(space: &Space, ranges: &[VaRange], protect: &dyn Fn() -> c_int) -> c_int {
+    match ranges.split_first() {
+        Some((first, rest)) => space.protecting(*first, || telling(space, rest, protect)),
+        None => protect(),
     }
 }
 
@@ -318,10 +345,8 @@ pub unsafe extern "C" fn madvise(at: *mut c_void, len: usize, advice: c_int) -> 
     let discards = matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE);
     // SAFETY: the caller's arguments, as they are.
     let result = remapping(|| unsafe { real(at, len, advice) });
-    if result == 0
-        && discards
-        && let (Some(state), Some(range)) = (State::get(), VaRange::covering(VirtAddr::of(at), len))
-    {
+    // Also where it failed: it does what can be done before it says that there is a hole.
+    if discards && let (Some(state), Some(range)) = (State::get(), VaRange::covering(VirtAddr::of(at), len)) {
         state.machine.space().discarded(range);
     }
     result

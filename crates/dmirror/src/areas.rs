@@ -3,17 +3,20 @@
 //! What    `Areas`, disjoint ranges of pages. A *watched* one has a mirror, whose table says what the device sees of each
 //!         page and is kept true by the space. A *plain* one is memory that no page leaves and nobody tells about: it
 //!         is there for one operation, and each access asks the kernel.
-//! Why     a mirror is of one mapping, and of no use when that is gone: areas come as the device is asked about
-//!         addresses, and go when their mappings went.
+//! Why     a mirror is of one mapping, and of no use where that is gone: areas come as the device is asked about
+//!         addresses, and go when their mappings went. Of a mapping that went in part, what is left keeps its mirror,
+//!         which several areas share then.
 //! Locks   the handle's, around all of it; inside, the mirrors'.
 //! Races   *unmapped and mapped anew*: the mirror is told of the first when its event is read, which may be after the
-//!         second was found. An area that turns out dead is made again ([`Areas::is_dead`]).
+//!         second was found. Pages that turn out gone get another mirror ([`Areas::is_dead`]).
 //! Fails   with an [`Error`], if there is no memory.
+
+use std::sync::Arc;
 
 use uhmm::mirror::{Mirror, MirrorTable, PageView, Pages};
 use uhmm::notifier::Event;
 use uhmm::space::{MappingKind, ProgramMapping};
-use uhmm::{Owner, Space, VaRange, Vpn};
+use uhmm::{Owner, PageCount, Space, VaRange, Vpn};
 
 use crate::{Error, Node};
 
@@ -30,15 +33,18 @@ pub(crate) fn is_own(view: PageView, own: Owner) -> bool {
 pub(crate) struct Table {
     range: VaRange,
     views: Box<[PageView]>,
-    /// The mapping went, or part of it.
-    dead: bool,
+    /// Pages whose mapping went.
+    gone: Box<[bool]>,
 }
 
 impl MirrorTable for Table {
     fn invalidate(&mut self, range: VaRange, event: Event) {
         if let Some(part) = self.range.intersect(range) {
             self.views_of(part).fill(PageView::Absent);
-            self.dead |= matches!(event, Event::Unmap | Event::Release);
+            if matches!(event, Event::Unmap | Event::Release) {
+                let first = part.first().since(self.range.first()).get();
+                self.gone[first..first + part.pages().get()].fill(true);
+            }
         }
     }
 }
@@ -54,16 +60,27 @@ impl Table {
         &self.views[page.since(self.range.first()).get()..]
     }
 
+    /// Which pages of `part` are the device's alone.
+    pub(crate) fn lent(&self, part: VaRange, into: &mut [bool]) {
+        for (lent, view) in into.iter_mut().zip(self.from(part.first())) {
+            *lent = view.is_exclusive();
+        }
+    }
+
+    fn gone_from(&self, page: Vpn) -> &[bool] {
+        &self.gone[page.since(self.range.first()).get()..]
+    }
+
     /// Takes over what is known of pages.
     pub(crate) fn install(&mut self, pages: Pages<'_>) {
         let (first, views) = (self.range.first(), &mut self.views);
         pages.segments().iter().for_each(|segment| segment.copy_to(first, views));
     }
 
-    /// The same, if all of them are the device's alone.
-    pub(crate) fn install_exclusive(&mut self, pages: Pages<'_>) {
+    /// The same, if they are `wanted` and all of them are the device's alone.
+    pub(crate) fn install_exclusive(&mut self, pages: Pages<'_>, wanted: bool) {
         let all = pages.views().all(|view| view.is_exclusive());
-        if all {
+        if all && wanted {
             self.install(pages);
         } else {
             self.views_of(pages.range()).fill(PageView::Absent);
@@ -84,13 +101,51 @@ impl Table {
 pub(crate) struct Area<'m> {
     pub(crate) range: VaRange,
     /// `None` for a plain one.
-    pub(crate) mirror: Option<Mirror<'m, Table>>,
+    pub(crate) mirror: Option<Arc<Mirror<'m, Table>>>,
 }
 
-impl Area<'_> {
-    fn is_dead(&self) -> bool {
-        self.mirror.as_ref().is_some_and(|mirror| mirror.look(|table| table.dead))
+impl<'m> Area<'m> {
+    /// Whether the mapping of a page of `range` went.
+    fn is_dead(&self, range: VaRange) -> bool {
+        let (Some(mirror), Some(part)) = (&self.mirror, self.range.intersect(range)) else { return false };
+        mirror.look(|table| table.gone_from(part.first())[..part.pages().get()].contains(&true))
     }
+
+    /// What is left of it as areas of a mapping of `range`, which is watched or not.
+    fn left(self, range: VaRange, watched: bool) -> Vec<Self> {
+        let Some(part) = self.range.intersect(range) else { return vec![self] };
+        let Some(mirror) = &self.mirror else { return if watched { Vec::new() } else { vec![self] } };
+        if watched && !self.is_dead(self.range) {
+            return vec![self];
+        }
+        // Nothing is allocated with the mirror's lock held.
+        let mut usable = vec![true; self.range.pages().get()];
+        mirror.look(|table| {
+            for (usable, gone) in usable.iter_mut().zip(table.gone_from(self.range.first())) {
+                *usable = !gone;
+            }
+        });
+        if !watched {
+            let first = part.first().since(self.range.first()).get();
+            usable[first..first + part.pages().get()].fill(false);
+        }
+        let area = |range| Self { range, mirror: Some(mirror.clone()) };
+        runs(self.range, &usable, |usable| *usable).into_iter().map(area).collect()
+    }
+}
+
+/// The stretches of `range` whose pages are such.
+pub(crate) fn runs<T>(range: VaRange, pages: &[T], such: impl Fn(&T) -> bool) -> Vec<VaRange> {
+    let mut found = Vec::new();
+    let mut n = 0;
+    for group in pages.chunk_by(|a, b| such(a) == such(b)) {
+        let part = range.skip(PageCount::new(n)).map(|rest| rest.take(PageCount::new(group.len())));
+        if such(&group[0]) {
+            found.extend(part);
+        }
+        n += group.len();
+    }
+    found
 }
 
 /// The areas of a handle, by address.
@@ -106,12 +161,12 @@ impl<'m> Areas<'m> {
 
     /// The watched parts of `range`.
     pub(crate) fn watched(&self, range: VaRange) -> impl Iterator<Item = (VaRange, &Mirror<'m, Table>)> {
-        self.0.iter().filter_map(move |area| Some((area.range.intersect(range)?, area.mirror.as_ref()?)))
+        self.0.iter().filter_map(move |area| Some((area.range.intersect(range)?, area.mirror.as_deref()?)))
     }
 
     /// Whether a mapping of `range` went since its area was made.
     pub(crate) fn is_dead(&self, range: VaRange) -> bool {
-        self.0.iter().any(|area| area.range.intersect(range).is_some() && area.is_dead())
+        self.0.iter().any(|area| area.is_dead(range))
     }
 
     /// Makes areas for whatever of `mapping` has none.
@@ -125,11 +180,9 @@ impl<'m> Areas<'m> {
         // SAFETY: what a device may be asked about was promised to the machine (`Dmirror::new`), whose handles bring
         // the device's pages home before it goes.
         let watched = mapping.kind == MappingKind::Anonymous && unsafe { space.watch(range) }.is_ok();
-        self.0.retain(|area| {
-            area.range.intersect(range).is_none() || (area.mirror.is_some() == watched && !area.is_dead())
-        });
+        self.0 = std::mem::take(&mut self.0).into_iter().flat_map(|area| area.left(range, watched)).collect();
         for gap in self.gaps(range) {
-            let mirror = if watched { Some(mirror_of(space, node, gap)?) } else { None };
+            let mirror = if watched { Some(Arc::new(mirror_of(space, node, gap)?)) } else { None };
             let at = self.0.partition_point(|area| area.range.first() < gap.first());
             self.0.insert(at, Area { range: gap, mirror });
         }
@@ -162,6 +215,7 @@ fn mirror_of<'m>(space: &'m Space, node: Node, range: VaRange) -> Result<Mirror<
     let mut views = Vec::new();
     views.try_reserve_exact(range.pages().get()).map_err(|_| Error::NoMemory)?;
     views.resize(range.pages().get(), PageView::Absent);
-    let table = Table { range, views: views.into_boxed_slice(), dead: false };
+    let gone = vec![false; views.len()].into_boxed_slice();
+    let table = Table { range, views: views.into_boxed_slice(), gone };
     Ok(space.mirror(range, table)?.of_device(node.index())?)
 }

@@ -13,12 +13,12 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use uhmm::mirror::{DEFAULT_TIMEOUT, PageView, Want};
+use uhmm::mirror::{DEFAULT_TIMEOUT, Mirror, PageView, Want};
 use uhmm::space::{MappingKind, ProgramMapping};
 use uhmm::{PageCount, VaRange};
 
-use crate::areas::{Areas, Table, is_own};
-use crate::transfer::{Buffer, Page, Unreachable};
+use crate::areas::{Areas, Table, is_own, runs};
+use crate::transfer::{Buffer, Page, Unreachable, load, touch};
 use crate::{Dmirror, Error, Node, snapshot};
 
 /// What an operation did.
@@ -67,7 +67,9 @@ impl<'m> Handle<'m> {
         self.node
     }
 
+    /// The table, with nothing in it of mappings that the program knows to be gone.
     fn areas(&self) -> MutexGuard<'_, Areas<'m>> {
+        self.machine.space().catch_up();
         self.areas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -153,7 +155,9 @@ impl<'m> Handle<'m> {
         buffer: &mut Buffer<'_>,
         page: &mut Page,
     ) -> Result<Front, Unreachable> {
-        let usable = |view: &PageView| if buffer.writes() { view.may_write() } else { view.is_valid() };
+        // What is the device's alone is for its atomic operations; to be written it is faulted on, as there.
+        let writable = |view: &PageView| view.may_write() && !view.is_exclusive();
+        let usable = |view: &PageView| if buffer.writes() { writable(view) } else { view.is_valid() };
         let views = &table.from(part.first())[..part.pages().get()];
         let there = views.iter().take_while(|view| usable(view)).count();
         let views = &views[..there];
@@ -180,26 +184,34 @@ impl<'m> Handle<'m> {
 
     /// What the mappings say about an access that the kernel refused.
     fn why_not(&self, range: VaRange, want: Want) -> Error {
-        match self.permit(range, want) {
-            Ok(_) => Error::Fault,
-            Err(error) => error,
+        match self.permitted(range, want) {
+            Ok((_, Err(error))) | Err(error) => error,
+            Ok((_, Ok(()))) => Error::Fault,
         }
     }
 
-    /// The mappings of `range`, if they permit what is wanted.
-    fn permit(&self, range: VaRange, want: Want) -> Result<Vec<ProgramMapping>, Error> {
-        let mappings = self.machine.space().mappings(range).map_err(|_| Error::NoMemory)?;
+    /// The mappings at the front of `range` that permit what is wanted, and why not all of it does.
+    fn permitted(
+        &self,
+        range: VaRange,
+        want: Want,
+    ) -> Result<(Vec<ProgramMapping>, Result<(), Error>), Error> {
+        let mut mappings = self.machine.space().mappings(range).map_err(|_| Error::NoMemory)?;
         let mut at = range.first();
-        for mapping in &mappings {
-            if mapping.range.first() != at || !mapping.read {
-                return Err(Error::Fault);
-            }
-            if want == Want::Write && !mapping.write {
-                return Err(Error::Permission);
-            }
+        for n in 0..mappings.len() {
+            let mapping = &mappings[n];
+            let why_not = if mapping.range.first() != at || !mapping.read {
+                Some(Error::Fault)
+            } else {
+                (want == Want::Write && !mapping.write).then_some(Error::Permission)
+            };
             at = mapping.range.end_page();
+            if let Some(why_not) = why_not {
+                mappings.truncate(n);
+                return Ok((mappings, Err(why_not)));
+            }
         }
-        if at == range.end_page() { Ok(mappings) } else { Err(Error::Fault) }
+        Ok((mappings, if at == range.end_page() { Ok(()) } else { Err(Error::Fault) }))
     }
 
     /// Has the pages of `range` brought where the device reaches them, and puts them into the table.
@@ -216,13 +228,35 @@ impl<'m> Handle<'m> {
     }
 
     fn fault_once(&self, areas: &mut Areas<'m>, range: VaRange, want: Want) -> Result<(), Error> {
-        for mapping in self.permit(range, want)? {
-            areas.cover(self.machine.space(), self.node, &mapping)?;
+        let (mappings, permitted) = self.permitted(range, want)?;
+        for mapping in &mappings {
+            areas.cover(self.machine.space(), self.node, mapping)?;
         }
-        for (part, mirror) in areas.watched(range) {
-            mirror.populate(part, want, Table::install)?;
+        // What is in front of a hole comes as well, as there, and is not put into the table.
+        for mapping in &mappings {
+            if permitted.is_err() && mapping.kind != MappingKind::Anonymous {
+                touch(mapping.range, want);
+            }
+            for (part, mirror) in areas.watched(mapping.range) {
+                self.end_loans(part, mirror);
+                mirror.populate(part, want, |table, pages| {
+                    if permitted.is_ok() {
+                        table.install(pages);
+                    }
+                })?;
+            }
         }
-        Ok(())
+        permitted
+    }
+
+    /// A device that faults on pages gets them as anybody does; those that were its alone are so no more.
+    fn end_loans(&self, range: VaRange, mirror: &Mirror<'_, Table>) {
+        let mut lent = vec![false; range.pages().get()];
+        mirror.look(|table| table.lent(range, &mut lent));
+        for (page, _) in range.iter().zip(lent).filter(|(_, lent)| *lent) {
+            // What is not there any more is found by whoever asks next.
+            let _ = load(page.base(), &mut [0]);
+        }
     }
 
     /// Moves the pages of `range` to the device, and has it read them into `into`. Private anonymous memory can be
@@ -244,8 +278,13 @@ impl<'m> Handle<'m> {
             areas.cover(space, self.node, &mapping)?;
             for (part, mirror) in areas.watched(mapping.range) {
                 self.settle(part);
+                // Those that are the device's alone would stay, and be told of for nothing.
+                let mut lent = vec![false; part.pages().get()];
+                mirror.look(|table| table.lent(part, &mut lent));
                 let leave = self.machine.leave();
-                let _ = space.migration(part).to(self.node.index()).run()?;
+                for part in runs(part, &lent, |lent| !lent) {
+                    let _ = space.migration(part).to(self.node.index()).run()?;
+                }
                 drop(leave);
                 mirror.populate(part, Want::Nothing, |table, pages| table.install_own(pages, own))?;
             }
@@ -289,10 +328,12 @@ impl<'m> Handle<'m> {
     /// [`Error::Invalid`] as with [`Handle::migrate_to_device`].
     pub fn migrate_to_system(&self, range: VaRange) -> Result<Counts, Error> {
         let own = self.machine.owner(self.node)?;
-        let _areas = self.areas();
+        let mut areas = self.areas();
         let space = self.machine.space();
         let mut counts = Counts::default();
-        self.each_mapping(range, |mapping| {
+        let done = self.each_mapping(range, |mapping| {
+            // What was watched piece by piece is asked for as one.
+            areas.cover(space, self.node, &mapping)?;
             let mut views = [PageView::Absent; BATCH.get()];
             let mut rest = Some(mapping.range);
             while let Some(left) = rest {
@@ -306,8 +347,9 @@ impl<'m> Handle<'m> {
                 }
             }
             Ok(())
-        })?;
-        Ok(counts)
+        });
+        areas.forget_plain();
+        done.map(|()| counts)
     }
 
     /// Calls `f` for the mappings of `range`, in order, up to the first place where pages cannot be moved.
@@ -336,12 +378,13 @@ impl<'m> Handle<'m> {
     /// If `into` has more or fewer bytes than the range has pages.
     pub fn snapshot(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
         let own = self.machine.owner(self.node)?;
+        self.settle(range);
         let mut views = Vec::new();
         views.try_reserve_exact(into.len()).map_err(|_| Error::NoMemory)?;
         views.resize(into.len(), PageView::Absent);
         self.machine.space().snapshot(range, Some(self.node.index()), &mut views)?;
         for (byte, view) in into.iter_mut().zip(views) {
-            *byte = snapshot::byte(view, own);
+            *byte = snapshot::byte(view, own, self.node.kind());
         }
         Ok(Counts { pages: range.pages(), faults: 0 })
     }
@@ -356,19 +399,25 @@ impl<'m> Handle<'m> {
     /// If `into` is not as long as the range.
     pub fn exclusive(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
         let mut areas = self.areas();
-        let mut mappings = self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
+        let (mut mappings, mut permitted) = self.permitted(range, Want::Write)?;
         if self.detach(range, &mappings)? {
-            mappings = self.permit(range, Want::Write).map_err(|_| Error::Busy)?;
+            (mappings, permitted) = self.permitted(range, Want::Write)?;
         }
-        for mapping in mappings {
-            areas.cover(self.machine.space(), self.node, &mapping)?;
+        for mapping in &mappings {
+            areas.cover(self.machine.space(), self.node, mapping)?;
         }
         let mut taken = PageCount::ZERO;
-        for (part, mirror) in areas.watched(range) {
-            let leave = self.machine.leave();
-            let done = mirror.exclusive(part, Table::install_exclusive).map_err(|_| Error::Busy)?;
-            drop(leave);
-            taken = taken.plus(done.pages);
+        // Pages in front of a hole are taken as well, as there, and not put into the table.
+        for mapping in &mappings {
+            if mapping.kind != MappingKind::Anonymous {
+                touch(mapping.range, Want::Write);
+            }
+            for (part, mirror) in areas.watched(mapping.range) {
+                let _leave = self.machine.leave();
+                let done =
+                    mirror.exclusive(part, |table, pages| table.install_exclusive(pages, permitted.is_ok()));
+                taken = taken.plus(done.map_err(|_| Error::Busy)?.pages);
+            }
         }
         areas.forget_plain();
         if taken < range.pages() {
@@ -405,18 +454,4 @@ impl Drop for Handle<'_> {
         // Without memory for it the pages stay where they are, and come home when they are touched.
         let _ = self.release();
     }
-}
-
-/// The stretches of `range` whose pages are such.
-fn runs(range: VaRange, views: &[PageView], such: impl Fn(&PageView) -> bool) -> Vec<VaRange> {
-    let mut found = Vec::new();
-    let mut n = 0;
-    for group in views.chunk_by(|a, b| such(a) == such(b)) {
-        let part = range.skip(PageCount::new(n)).map(|rest| rest.take(PageCount::new(group.len())));
-        if such(&group[0]) {
-            found.extend(part);
-        }
-        n += group.len();
-    }
-    found
 }

@@ -12,10 +12,11 @@
 //! A device has no page table of the process, only its own, which the space keeps true. It is what a driver looks
 //! like that uses uhmm; and with the shim (`crates/dmirror-shim`) the kernel's own tests run on it.
 //!
-//! It differs from the kernel's: a device's memory is one piece of address space of a size that is given, backed where
-//! it is used, instead of chunks of 256 MiB that are added; a handle is of the process that opened it, and is of no
-//! use in a child; and memory that no page can leave (files, shared memory, huge pages of a pool) is looked at anew by
-//! each operation, as nobody tells of its changes.
+//! A touch brings one page home, and leaves no copy behind, as there. It differs from the kernel's: a device's memory
+//! is one piece of address space of a size that is given, backed where it is used, instead of chunks of 256 MiB that
+//! are added; a handle is of the process that opened it, and is of no use in a child; and memory that no page can
+//! leave (files, shared memory, huge pages of a pool) is looked at anew by each operation, as nobody tells of its
+//! changes.
 
 mod areas;
 mod error;

@@ -88,7 +88,7 @@ impl Dmirror {
             Node::ALL.map(|node| memory(node).map(Arc::new)).into_iter().collect();
         let mut devices = devices.map_err(std::io::Error::other)?;
         let space = |devices: &[Arc<MemDevice>]| {
-            let builder = builder.clone().engine(Engine::Threads);
+            let builder = builder.clone().engine(Engine::Threads).fault_around(false).clean_copies(false);
             devices.iter().fold(builder, |builder, device| builder.device(device.clone())).build()
         };
         let built = match space(&devices) {

@@ -5,6 +5,8 @@
 use uhmm::mirror::PageView;
 use uhmm::{Geometry, Owner};
 
+use crate::Kind;
+
 const ERROR: u8 = 0xff;
 const NONE: u8 = 0x00;
 const READ: u8 = 0x01;
@@ -16,8 +18,8 @@ const PRIVATE_LOCAL: u8 = 0x20;
 const COHERENT_LOCAL: u8 = 0x40;
 const COHERENT_REMOTE: u8 = 0x50;
 
-/// The byte for a page that the device of `own` sees so.
-pub(crate) fn byte(view: PageView, own: Owner) -> u8 {
+/// The byte for a page that the device of `own`, which is of such a kind, sees so.
+pub(crate) fn byte(view: PageView, own: Owner, kind: Kind) -> u8 {
     let permitted = if view.may_write() { WRITE } else { READ };
     match view {
         PageView::Error(_) => ERROR,
@@ -28,7 +30,11 @@ pub(crate) fn byte(view: PageView, own: Owner) -> u8 {
         PageView::Ram { order: Geometry::M2, .. } => PMD | permitted,
         PageView::Ram { order: Geometry::G1, .. } => PUD | permitted,
         // Others' private pages are not told of.
-        PageView::Device { .. } => PRIVATE_LOCAL | permitted,
+        PageView::Device { .. } => match kind {
+            Kind::Private => PRIVATE_LOCAL | permitted,
+            // Not mapped in place, because it may not be written.
+            Kind::Coherent => COHERENT_LOCAL | permitted,
+        },
         PageView::Coherent { owner, .. } if owner == own => COHERENT_LOCAL | permitted,
         PageView::Coherent { .. } => COHERENT_REMOTE | permitted,
     }

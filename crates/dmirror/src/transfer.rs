@@ -7,7 +7,8 @@
 
 use std::ptr::NonNull;
 
-use uhmm::{Device, MemDevice, PAGE_SIZE, PageCount, Pfn, Space, Transfer, VirtAddr};
+use uhmm::mirror::Want;
+use uhmm::{Device, MemDevice, PAGE_SIZE, PageCount, Pfn, Space, Transfer, VaRange, VirtAddr};
 
 /// Not all of the memory could be had: it is not mapped, or not for this.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +39,14 @@ pub unsafe fn store(at: VirtAddr, from: &[u8]) -> Result<(), Unreachable> {
     // SAFETY: the kernel only reads `from`; the rest the caller answers for.
     let copied = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote(at, from.len()), 1, 0) };
     whole(copied, from.len())
+}
+
+/// Has the kernel bring what is mapped at `range`, for reading or writing, as far as there is something.
+pub(crate) fn touch(range: VaRange, want: Want) {
+    let advice = if want == Want::Write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+    let start = std::ptr::without_provenance_mut(range.start().get());
+    // SAFETY: the contents stay as they are.
+    unsafe { libc::madvise(start, range.bytes(), advice) };
 }
 
 /// The buffer of an operation, and which way it goes.

@@ -99,10 +99,8 @@ pub struct Plan {
     pub huge: Option<ByteSize>,
     /// The devices.
     pub pagemaps: Vec<Arc<Pagemap>>,
-    /// Pages that a random fault brings home.
-    pub random_window: PageCount,
-    /// Pages that a fault of a sequence brings home at most.
-    pub most_window: PageCount,
+    /// Pages that a fault brings home.
+    pub windows: Windows,
     /// Keep the device copy of pages that are only read.
     pub track: bool,
     /// Behave as a kernel without `UFFDIO_MOVE`.
@@ -312,7 +310,7 @@ impl Managed {
             pagemaps: PagemapSet::new(plan.pagemaps),
             arena: Arena::new(arena.range(), Geometry::K4),
             huge: huge.as_ref().map(|huge| Arena::new(huge.range(), Geometry::M2)),
-            windows: Windows::new(plan.random_window, plan.most_window),
+            windows: plan.windows,
             track: plan.track && plan.reports == Reports::Messages,
             stats: plan.stats,
         });

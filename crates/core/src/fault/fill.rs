@@ -7,13 +7,11 @@ use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
 use super::decide::Access;
 use super::resolve::{Resolution, Step};
 use super::scratch::Scratch;
+use super::window::FILL_WINDOW;
 use crate::host::{Host, Install, Stop};
 use crate::mm::Mm;
 use crate::pagetable::{PageWord, State};
 use crate::stats::Counter;
-
-/// The most pages that one fault on fresh memory fills.
-const FILL_WINDOW: usize = 16;
 
 impl<H: Host> Mm<H> {
     /// Fills absent pages with zeros. They are claimed for that: between a look at the word and the filling, a
@@ -37,7 +35,7 @@ impl<H: Host> Mm<H> {
             return Step::Again;
         }
         was[0] = word;
-        let room = FILL_WINDOW.min(CHUNK_PAGES - page.in_chunk());
+        let room = self.windows.fill().min(CHUNK_PAGES - page.in_chunk());
         let claimed = 1 + (1..room).take_while(|n| claim(*n, PageWord::EMPTY)).count();
         let mut most = PageCount::new(claimed);
         let (done, resolution) = loop {

@@ -109,14 +109,29 @@ pub struct Windows {
     proven: Streams,
     random: usize,
     most: usize,
+    fill: usize,
 }
+
+/// The most pages that one fault on fresh memory fills.
+pub(super) const FILL_WINDOW: usize = 16;
 
 impl Windows {
     /// Windows of `random` pages at random access, growing to `most` in sequences.
     pub fn new(random: PageCount, most: PageCount) -> Self {
         let most = most.get().clamp(1, DOWN as usize - 1);
         let random = random.get().clamp(1, most);
-        Self { begun: Streams::new(false), proven: Streams::new(true), random, most }
+        let fill = FILL_WINDOW;
+        Self { begun: Streams::new(false), proven: Streams::new(true), random, most, fill }
+    }
+
+    /// No fault-around: a fault is about the page that was touched and no other, fresh memory included.
+    pub fn one_by_one() -> Self {
+        Self { fill: 1, ..Self::new(PageCount::ONE, PageCount::ONE) }
+    }
+
+    /// Pages of fresh memory that one fault fills at most.
+    pub(super) const fn fill(&self) -> usize {
+        self.fill
     }
 
     /// What to bring home for a fault on `page`.
@@ -189,6 +204,13 @@ mod tests {
         for page in [900, 17, 40_000, 333, 80_001] {
             assert_eq!(windows.on_fault(Vpn::new(page)).pages.get(), 1);
         }
+    }
+
+    #[test]
+    fn one_by_one_nothing_grows() {
+        let windows = Windows::one_by_one();
+        assert!((0..100).all(|page| windows.on_fault(Vpn::new(page)).pages.get() == 1));
+        assert_eq!(windows.fill(), 1);
     }
 
     #[test]

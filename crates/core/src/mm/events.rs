@@ -144,6 +144,12 @@ impl<H: Host> Mm<H> {
         drop(self.fallback.write(&self.host));
     }
 
+    /// Waits until what the program did to its mappings, in calls that have returned, is known here: such a call
+    /// goes on as soon as its event is read, which may be before it is applied.
+    pub fn catch_up(&self) {
+        drop(self.layout.read(&self.host));
+    }
+
     /// Takes the pages of `range` away and tells their REMOVE event apart from the program's.
     ///
     /// # Safety

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use uhmm_addr::{ByteSize, PageCount, Pfn};
 use uhmm_core::device::Device;
+use uhmm_core::fault::window::Windows;
 use uhmm_core::notifier::Owner;
 use uhmm_core::pagemap::Pagemap;
 use uhmm_sys::futex::Lock;
@@ -55,6 +56,8 @@ pub struct Builder {
     huge: bool,
     forced_fallback: bool,
     window: PageCount,
+    fault_around: bool,
+    clean_copies: bool,
     arena: ByteSize,
 }
 
@@ -100,6 +103,20 @@ impl Builder {
         self
     }
 
+    /// Whether a fault may bring neighbours of the page that was touched, from a device or as fresh memory. On by
+    /// default; without it a touch changes one page and no other, whatever the window.
+    pub fn fault_around(mut self, neighbours: bool) -> Self {
+        self.fault_around = neighbours;
+        self
+    }
+
+    /// Whether a page that came home and was only read keeps its copy on the device, to leave again without being
+    /// written. On by default, with the engine that can; the first write to such a page faults.
+    pub fn clean_copies(mut self, keep: bool) -> Self {
+        self.clean_copies = keep;
+        self
+    }
+
     /// Addresses for frames on their way; 256 MiB by default.
     pub fn arena(mut self, size: ByteSize) -> Self {
         self.arena = size;
@@ -134,15 +151,19 @@ impl Builder {
             Engine::Signal => Reports::Sigbus,
             Engine::Threads => Reports::Messages,
         };
+        let windows = if self.fault_around {
+            Windows::new(self.window, uhmm_core::fault::MAX_WINDOW)
+        } else {
+            Windows::one_by_one()
+        };
         let managed = Arc::new(Managed::build(Plan {
             reports,
             table: None,
             arena: self.arena,
             huge: self.huge.then_some(self.arena),
             pagemaps: pagemaps.clone(),
-            random_window: self.window,
-            most_window: uhmm_core::fault::MAX_WINDOW,
-            track: true,
+            windows,
+            track: self.clean_copies,
             forced_fallback: self.forced_fallback,
             stats: None,
         })?);
@@ -169,6 +190,8 @@ impl Space {
             huge: false,
             forced_fallback: false,
             window: PageCount::ONE,
+            fault_around: true,
+            clean_copies: true,
             arena: ByteSize::mib(256),
         }
     }

@@ -65,7 +65,7 @@ pub use uhmm_core::mirror::{
     Exclusive, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry, Segment, Unusable, Want,
 };
 
-use super::Space;
+use super::{ProgramMapping, Space};
 use crate::managed::Managed;
 
 /// How long a batch of pages is tried unless said otherwise (the kernel's `HMM_RANGE_DEFAULT_TIMEOUT`).
@@ -340,7 +340,24 @@ impl<T> Mirror<'_, T> {
         let mut work = self.work.lock();
         let Work { scratch, room, .. } = &mut *work;
         let mut patience = Until { managed, timeout: self.timeout, end: now() };
+        self.bring_in_place_home(range, scratch);
         self.mirror.exclusive(range, &terms, room, scratch, &mut patience, install)
+    }
+
+    /// Brings home what is mapped in place: a coherent device's frame is not to be lent. Nothing where something may
+    /// not be written, as nothing can be lent then either.
+    fn bring_in_place_home(&self, range: VaRange, scratch: &mut Scratch) {
+        let space = self.space;
+        let writable = |mappings: Vec<ProgramMapping>| mappings.iter().all(|mapping| mapping.write);
+        if space.inner.managed.mapped_in_place(range).is_zero() || !space.mappings(range).is_ok_and(writable)
+        {
+            return;
+        }
+        for map in &space.inner.pagemaps {
+            if map.memory().is_some() {
+                let _ = space.inner.managed.mm().evict_pfns(range, map.range(), None, scratch);
+            }
+        }
     }
 
     /// What the pages of `range` are, into `views`, one for each page, and without a word to the table.

@@ -104,7 +104,16 @@ impl Space {
     /// ones, and can be moved. Without a word of it they can after they were touched: the event comes before the kernel
     /// has taken them.
     pub fn discarded(&self, range: VaRange) {
+        // What the event says must not come after this.
+        self.catch_up();
         self.inner.managed.mm().removal_done(range);
+    }
+
+    /// Waits until what the program did to its mappings, in calls that have returned, has been told to mirrors and
+    /// subscribers. For a driver that is asked about addresses by a thread that may have unmapped them a moment ago.
+    pub fn catch_up(&self) {
+        let _blocked = Blocked::all();
+        self.inner.managed.mm().catch_up();
     }
 
     /// Brings the pages of `range` home and ends the watch over it.
