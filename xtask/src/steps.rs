@@ -19,7 +19,7 @@ const PIPELINE: &str = "seq 3000000 | sort -r -S 1G | md5sum";
 /// How long a step may take where nobody watches, unless it says otherwise.
 const MINUTES: u64 = 8;
 /// The same for the tests, which have watchdogs of their own far below.
-const TEST_MINUTES: u64 = 20;
+const TEST_MINUTES: u64 = 28;
 
 /// One command, and how it is judged.
 pub(crate) struct Step {
