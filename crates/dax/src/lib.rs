@@ -10,6 +10,7 @@
 pub mod device;
 pub mod file;
 mod machine;
+mod pin;
 pub mod store;
 pub mod yardstick;
 

@@ -303,7 +303,7 @@ pub unsafe extern "C" fn mprotect(at: *mut c_void, len: usize, protection: c_int
     match (State::get(), VaRange::covering(VirtAddr::of(at), len)) {
         (Some(state), Some(range)) => {
             let space = state.machine.space();
-            telling(space, &changed(space, range, protection), &protect)
+            space.protecting_each(&changed(space, range, protection), protect)
         }
         _ => protect(),
     }
@@ -323,14 +323,6 @@ fn changed(space: &Space, range: VaRange, protection: c_int) -> Vec<VaRange> {
     let changed = mappings.iter().filter(|mapping| !(mapping.read && mapping.write));
     let changed: Vec<_> = changed.map(|mapping| mapping.range).collect();
     if changed.len() > SEVERAL { vec![range] } else { changed }
-}
-
-/// Has mirrors told of all `ranges` until `protect` is over.
-fn telling(space: &Space, ranges: &[VaRange], protect: &dyn Fn() -> c_int) -> c_int {
-    match ranges.split_first() {
-        Some((first, rest)) => space.protecting(*first, || telling(space, rest, protect)),
-        None => protect(),
-    }
 }
 
 /// As the C library's; pages that were given up can be moved when it is over.

@@ -10,7 +10,6 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use uhmm::mirror::PageView;
 use uhmm::{ByteSize, MemDevice, PAGE_SIZE, PageCount, Space, VaRange, VirtAddr};
 use uhmm_dmirror::{Dmirror, Node};
 
@@ -112,7 +111,7 @@ fn library(who: &str, fault_around: bool) -> Result<(), Box<dyn Error>> {
     buffer.advise_no_huge()?;
     let range = buffer.range();
     let all = |pages: PageCount| expect(pages == range.pages(), "not all of it moved");
-    let mut views = vec![PageView::Absent; range.pages().get()];
+    let mut found = Vec::with_capacity(range.pages().get());
     let mut figures = Figures::default();
     for round in 0..ROUNDS as u64 {
         fill(&mut buffer, round);
@@ -121,8 +120,11 @@ fn library(who: &str, fault_around: bool) -> Result<(), Box<dyn Error>> {
         expect(sum == (round + 1) * range.pages().get() as u64, "wrong contents")?;
         all(space.migrate(range)?.moved)?;
         all(figures.back.measure(|| space.prefetch(range))?)?;
-        figures.look.measure(|| space.snapshot(range, Some(0), &mut views))?;
-        expect(views.iter().all(|view| view.may_write()), "a page is not there")?;
+        found.clear();
+        figures.look.measure(|| space.segments(range, Some(0), |segment| found.push(segment)))?;
+        let writable =
+            found.iter().filter(|segment| segment.view().may_write()).map(|segment| segment.range().pages());
+        expect(writable.fold(PageCount::ZERO, PageCount::plus) == range.pages(), "a page is not there")?;
     }
     figures.print(who);
     Ok(())

@@ -400,6 +400,10 @@ impl<'m> Handle<'m> {
     pub fn exclusive(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
         let mut areas = self.areas();
         let (mut mappings, mut permitted) = self.permitted(range, Want::Write)?;
+        // A file's own page becomes the process's by being asked for.
+        for mapping in mappings.iter().filter(|mapping| mapping.kind == MappingKind::PrivateFile) {
+            touch(mapping.range, Want::Write);
+        }
         if self.detach(range, &mappings)? {
             (mappings, permitted) = self.permitted(range, Want::Write)?;
         }

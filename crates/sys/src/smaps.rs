@@ -37,6 +37,10 @@ fn plain_in(mut lines: impl BufRead, range: VaRange) -> io::Result<Option<Plain>
                 break;
             }
             inside = entry.range.intersect(range).is_some();
+        } else if inside && let Some(key) = text.strip_prefix(b"ProtectionKey:") {
+            if key.trim_ascii() != b"0" {
+                return Ok(None);
+            }
         } else if inside && let Some(flags) = text.strip_prefix(b"VmFlags:") {
             let mut flags = flags.split(u8::is_ascii_whitespace).filter(|flag| !flag.is_empty());
             let accounted = flags.clone().any(|flag| flag == b"ac");

@@ -10,6 +10,7 @@ use uhmm_core::device::Transfer;
 use uhmm_core::host::{Install, Stop};
 use uhmm_core::pagetable::PageWord;
 use uhmm_core::sync::WriteGuard;
+use uhmm_sys::held::HeldPages;
 use uhmm_sys::host::LinuxHost;
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::uffd::{Event, EventBuffer, ReadOutcome, Uffd};
@@ -39,6 +40,8 @@ struct Child<'a> {
     managed: &'a Managed,
     layout: &'a WriteGuard<'a, LinuxHost>,
     uffd: &'a Uffd,
+    /// Frames whose mapping is being replaced, and whether what is in them is lost.
+    replacing: Option<(&'a HeldPages, bool)>,
     changes: Changes,
 }
 
@@ -46,7 +49,11 @@ struct Child<'a> {
 /// never wrong.
 pub(crate) fn populate(managed: &Managed, layout: &WriteGuard<'_, LinuxHost>, child: &Uffd) {
     let changes = Changes { list: [None; CHANGES], known: 0, too_many: false };
-    populate_changed(Child { managed, layout, uffd: child, changes });
+    // Once, for the child and all that it forks meanwhile.
+    let mut held = managed.replacing().lock();
+    let lost = held.as_mut().is_some_and(|held| held.refresh().is_err());
+    let replacing = held.as_ref().map(|held| (held, lost));
+    populate_changed(Child { managed, layout, uffd: child, replacing, changes });
 }
 
 fn populate_changed(mut child: Child<'_>) {
@@ -86,9 +93,7 @@ impl Child<'_> {
     /// that has the old mapping, which takes nothing.
     fn copy_replaced(&mut self) {
         let managed = self.managed;
-        let mut replacing = managed.replacing().lock();
-        let Some(held) = replacing.as_mut() else { return };
-        let lost = held.refresh().is_err();
+        let Some((held, lost)) = self.replacing else { return };
         for page in held.range().iter().filter(|page| managed.mm().is_being_replaced(*page)) {
             let offset = page.since(held.range().first()).bytes();
             if lost {

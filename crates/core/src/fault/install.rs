@@ -49,7 +49,6 @@ impl<H: Host> Mm<H> {
         }
         drop(layout);
         self.give_up(page, home, window.minus(home), scratch);
-        self.stats.add(Counter::MovedIn, home.get());
         if copying {
             self.grant(window.minus(home));
         }
@@ -75,8 +74,10 @@ impl<H: Host> Mm<H> {
     }
 
     /// Claimed pages are in the program's address space now: their words say so, and whoever waits for us is
-    /// woken. Threads that wait in the kernel were woken by what installed the page.
+    /// woken. Threads that wait in the kernel were woken by what installed the page. Counted before the words say so:
+    /// who finds the pages moved out again finds that they had come.
     pub(super) fn settle_home(&self, page: Vpn, pfns: &[Pfn], tracked: bool) {
+        self.stats.add(Counter::MovedIn, pfns.len());
         for (n, pfn) in pfns.iter().enumerate() {
             let page = page.forward(PageCount::new(n));
             let home = if tracked { PageWord::tracked(*pfn) } else { PageWord::RESIDENT };

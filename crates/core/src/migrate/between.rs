@@ -119,7 +119,7 @@ impl<H: Host> Mm<H> {
         while let Some((first, pfn)) = rest.first() {
             let source = self.pagemaps.of(*pfn);
             let most = rest.iter().take(MAX_WINDOW.get());
-            let alike = most.take_while(|(_, pfn)| source.range().contains(*pfn)).count();
+            let alike = most.take_while(|(_, pfn)| source.contains(*pfn)).count();
             let allocated = match &mut huge {
                 Some(pages) => Ok(take_first(pages, PageCount::new(alike))),
                 None => self.allocate_backed(to, PageCount::new(alike)),

@@ -84,6 +84,7 @@ impl<H: Host> Mm<H> {
     /// complete.
     pub fn remapped(&self, layout: &WriteGuard<'_, H>, from: VaRange, to: VirtAddr) {
         let _told = self.tell(from, Event::Unmap);
+        self.count_change(from);
         self.settle_moved_pins(from);
         self.note_change(layout, from);
         for part in self.table.used(from) {
@@ -133,6 +134,11 @@ impl<H: Host> Mm<H> {
         }
         self.count_change(from);
         self.count_change(VaRange::page(to.page()).grow(from.pages()));
+    }
+
+    /// The program has changed the protection of `range`, which no event tells.
+    pub fn protected(&self, range: VaRange) {
+        self.count_change(range);
     }
 
     // --- the fallback's own discards --------------------------------------------------------------------

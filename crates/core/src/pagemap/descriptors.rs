@@ -473,10 +473,14 @@ impl Descriptors {
     pub(super) fn cure(&self, unit: usize) {
         self.unit(unit).fetch_and(!POISON, Ordering::AcqRel);
         let first = unit / GROUP_PAGES * GROUP_PAGES;
-        let group = first..self.shape.units.min(first + GROUP_PAGES);
+        let others = || (first..self.shape.units.min(first + GROUP_PAGES)).any(|unit| self.is_poisoned(unit));
+        // Never for a moment is a group given out whole of which a page is known to be lost.
+        if others() {
+            return;
+        }
         self.group(unit).fetch_and(!BAD, Ordering::AcqRel);
         // Whoever poisons one meanwhile marks the unit first: it is seen here, or he marks the group after us.
-        if group.clone().any(|unit| self.is_poisoned(unit)) {
+        if others() {
             self.group(unit).fetch_or(BAD, Ordering::AcqRel);
         }
     }

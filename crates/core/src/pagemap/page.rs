@@ -326,8 +326,11 @@ impl Pagemap {
     }
 
     fn units(&self, pages: PfnRange) -> Result<(usize, usize), PageError> {
-        self.ranges.units_of(pages).ok_or_else(|| match self.ranges.page_of(pages.start) {
+        // A handle of no page would keep no pagemap.
+        let units = self.ranges.units_of(pages).filter(|(_, units)| *units > 0);
+        units.ok_or_else(|| match self.ranges.page_of(pages.start) {
             Some(page) if page < self.ranges.reserved().get() => PageError::Reserved(pages.start),
+            Some(_) if pages.pages.is_zero() => PageError::Outside(pages.start),
             Some(_) => PageError::Outside(pages.end()),
             None => PageError::Outside(pages.start),
         })

@@ -154,11 +154,11 @@ impl Pagemap {
     /// which none is bad is lost no more. Returns how many were bad.
     pub fn clear_poison(&self, pages: PfnRange) -> PageCount {
         let mut list = self.bad.list.lock(&*self.park);
+        let old = list.bad.clone();
         let cleared = remove(&mut list.bad, pages);
-        let Some((first, units)) = self.ranges.units_of(pages).filter(|_| !cleared.is_zero()) else {
-            return cleared;
-        };
-        for unit in first..first + units {
+        let was_bad =
+            old.iter().flat_map(|run| (0..run.pages.get()).map(|n| run.start.forward(PageCount::new(n))));
+        for unit in was_bad.filter(|pfn| pages.contains(*pfn)).filter_map(|pfn| self.ranges.unit_of(pfn)) {
             let whole = self.ranges.pfns(unit, 1);
             if self.descriptors.is_poisoned(unit) && !list.bad.iter().any(|bad| bad.overlaps(whole)) {
                 self.descriptors.cure(unit);

@@ -126,12 +126,10 @@ impl Ranges {
             return Some((0, 0));
         }
         let first = self.page_of(pages.start)?;
-        let last = first + pages.pages.get() - 1;
-        if !self.foremost.encloses(pages) {
-            let span = self.span_at(first);
-            if last >= span.first + span.range.pages.get() {
-                return None;
-            }
+        let last = first.checked_add(pages.pages.get() - 1)?;
+        let span = if self.foremost.contains(pages.start) { &self.spans[0] } else { self.span_at(first) };
+        if last >= span.first + span.range.pages.get() {
+            return None;
         }
         let (first, last) = (self.unit_of_page(first)?, self.unit_of_page(last)?);
         Some((first, last + 1 - first))

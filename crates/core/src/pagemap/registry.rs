@@ -187,7 +187,7 @@ impl Registry {
             *map.registered.get_mut() = true;
         }
         for range in map.ranges() {
-            self.table.set(range, Some(NonNull::from(&*map)));
+            self.table.set(range, NonNull::new(Arc::as_ptr(&map).cast_mut()));
         }
         inner.maps.push(Registered { map: map.clone(), claims, closing: false });
         Ok(map)
@@ -201,8 +201,9 @@ impl Registry {
     /// The pagemap to which `pfn` belongs, to keep (`get_dev_pagemap`).
     pub fn find(&self, pfn: Pfn) -> Option<Arc<Pagemap>> {
         let reader = self.read();
-        let map: *const Pagemap = reader.pagemap(pfn)?;
-        // SAFETY: it came out of an `Arc`, of which the registry has one as long as the reader lives.
+        reader.pagemap(pfn)?;
+        let map = self.table.get(pfn)?.as_ptr().cast_const();
+        // SAFETY: the table has what `Arc::as_ptr` gave, and the registry has that `Arc` as long as the reader lives.
         Some(unsafe {
             Arc::increment_strong_count(map);
             Arc::from_raw(map)

@@ -1,6 +1,6 @@
 //! Reuse distances: how much is evicted between a page's leaving and its being touched again.
 //!
-//! What    [`Reuse`], what is remembered of a page's distances in four bits of its word, and [`laps`], how long the
+//! What    `Reuse`, what is remembered of a page's distances in four bits of its word, and `laps`, how long the
 //!         evictor's clock passes over pages that are expected back after a distance.
 //! Why     there is no accessed bit for anonymous memory to be had from user space. What a page's touches can be known
 //!         by is how soon it comes back when it was away; the kernel judges a refault by the same distance

@@ -8,7 +8,7 @@
 //!         it was asked for each.
 //! How     a flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
 //!         the flag as long as any holder's range has the page; those of whole chunks may have it for longer, so that they
-//!         can be pinned again in no time ([`ready`]).
+//!         can be pinned again in no time (`pin::ready`).
 //! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
 //! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight, and the
 //!         locks under which a page is taken from where a coherent device has it mapped. A
@@ -223,6 +223,8 @@ impl<H: Host> Mm<H> {
         if self.pins.ready.load(Ordering::Relaxed) == 0 {
             return None;
         }
+        // What this thread gave up a moment ago: its call went on when the event was read, before it was applied.
+        self.wait_for_events();
         let mut list = self.pins.list.lock(&self.host);
         if !list.ready.has(range, &self.pins.changes) {
             return None;
@@ -265,9 +267,12 @@ impl<H: Host> Mm<H> {
         if self.pins.ready.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let Some(mut list) = self.pins.list.try_lock(&self.host) else { return };
-        while let Some(chunk) = list.ready.take(range) {
-            for page in list.unheld(chunk).into_iter().flat_map(VaRange::iter) {
+        let Some(list) = self.pins.list.try_lock(&self.host) else { return };
+        // Nothing is allocated or freed: a thread that forks holds the allocator's locks until its event is read. The
+        // chunks stay on the list, out of date by the count of changes.
+        for part in range.chunks().filter(|part| list.ready.keeps(*part)) {
+            let unheld = |page: &Vpn| !list.holders.iter().any(|holder| holder.range.contains(*page));
+            for page in part.iter().filter(unheld) {
                 self.table.entry(page).annotate(|word| word.with_pinned(false));
             }
         }

@@ -38,6 +38,7 @@ pub use reach::CAPACITY as MAPPINGS_MAX;
 pub use uhmm_sys::dax::Protection;
 
 use crate::machine::{Region, machine};
+use crate::pin::pin;
 use crate::store::{BadPages, ChangeError, Extent, Kind, Mode, NamespaceId, Store};
 use attendant::Attendant;
 use mapped::Mapped;
@@ -229,7 +230,7 @@ impl Device {
     #[track_caller]
     pub fn pin(&self, offset: u64, len: u64) -> Result<Pinned, PinError> {
         let (page, pages) = self.core().pages_of(offset, len)?;
-        let ranges = self.core().pfns(page, pages).into_iter().map(|range| self.core().pagemap.pin(range));
+        let ranges = self.core().pfns(page, pages).into_iter().map(|range| pin(&self.core().pagemap, range));
         Ok(Pinned { _ranges: ranges.collect::<Result<_, _>>()? })
     }
 

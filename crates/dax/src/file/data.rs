@@ -15,6 +15,7 @@ use super::layout::Patience;
 use super::runs::Run;
 use super::view::{FileMapping, View};
 use super::{Body, DaxFile, FileError, FileLoss, SIZE_MAX, State};
+use crate::pin::pin;
 use crate::store::Extent;
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -236,7 +237,7 @@ impl DaxFile {
         for piece in pieces {
             let (first, end) = (piece.at / block, (piece.at + piece.len).div_ceil(block));
             for range in blocks.pfns(first, end - first) {
-                held.push(blocks.pagemap.pin(range)?);
+                held.push(pin(&blocks.pagemap, range)?);
             }
         }
         Ok(held)

@@ -103,6 +103,8 @@ impl Space {
     /// `munmap`, `mremap`, `madvise`, and `mmap` at given addresses. It waits while [`Space::detach`] runs, and the other
     /// way round.
     pub fn remapping<R>(&self, change: impl FnOnce() -> R) -> R {
+        // First: a signal handler that changes mappings would wait for this very thread.
+        let _blocked = Blocked::all();
         let _kept = self.inner.managed.change_mappings();
         change()
     }

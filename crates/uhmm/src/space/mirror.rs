@@ -215,11 +215,19 @@ impl Space {
     /// Has `protect` change the protection of `range`, managed or not, and tells mirrors and subscribers before: for
     /// whoever sees the program's own calls of `mprotect`, which raise no event.
     pub fn protecting<R>(&self, range: VaRange, protect: impl FnOnce() -> R) -> R {
-        let _kept = self.inner.managed.change_mappings();
+        self.protecting_each(&[range], protect)
+    }
+
+    /// The same for several ranges, or none, that one call changes. Not to be nested, nor with [`Space::remapping`].
+    pub fn protecting_each<R>(&self, ranges: &[VaRange], protect: impl FnOnce() -> R) -> R {
+        // First: a signal handler that changes mappings would wait for this very thread.
         let _blocked = Blocked::all();
+        let _kept = self.inner.managed.change_mappings();
         let mm = self.inner.managed.mm();
-        let told = mm.notifiers().begin(mm.host(), &Change::new(range, Event::Protect));
+        let begin = |range: &VaRange| mm.notifiers().begin(mm.host(), &Change::new(*range, Event::Protect));
+        let told: Vec<_> = ranges.iter().map(begin).collect();
         let done = protect();
+        ranges.iter().for_each(|range| mm.protected(*range));
         // A change that may block is never refused.
         drop(told);
         done

@@ -108,6 +108,10 @@ impl<I: Iommu> PeerClient<I> {
                 let place = memory.mapped.and_then(|all| all.skip(first)).map(|rest| rest.take(pages.pages));
                 let place = place.filter(|place| place.pages() == pages.pages);
                 let place = place.ok_or(PeerError::NotMapped(pages))?;
+                let meets = |run: &Run| run.mapped.is_some_and(|there| there.intersect(place).is_some());
+                if self.runs.iter().any(meets) {
+                    return Err(PeerError::Iommu(pages, IommuError::OutOfWindow));
+                }
                 let at = self.iommu.map(place, write).map_err(|why| PeerError::Iommu(pages, why))?;
                 (at, Some(place))
             }
