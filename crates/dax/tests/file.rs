@@ -173,6 +173,20 @@ fn a_reflink_shares_until_one_writes() {
 }
 
 #[test]
+fn a_pin_keeps_the_files_from_others_and_a_cut_from_its_block() {
+    let bed = Bed::new(Under::Memory, ByteSize::mib(8), Geometry::K4, Mode::FsDax).unwrap();
+    let files = FileSystem::open(&bed.store, bed.id).unwrap();
+    let file = files.create("a").unwrap();
+    file.write_at(0, &[1; 8192]).unwrap();
+    let pinned = file.pin(0, 1, true).unwrap();
+    assert!(matches!(file.truncate(100, &NOT), Err(FileError::Busy { offset: 0, .. })));
+    file.truncate(4096, &NOT).unwrap();
+    drop((files, file));
+    assert!(matches!(FileSystem::open(&bed.store, bed.id), Err(FsError::InUse { .. })));
+    drop(pinned);
+}
+
+#[test]
 fn truncate_and_punch_wait_for_pins() {
     matrix(|_, files| {
         let block = files.block();

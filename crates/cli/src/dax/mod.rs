@@ -109,7 +109,7 @@ fn create(
         None => open(path)?,
     };
     let made = store.create_namespace(spec);
-    if made.is_err() && !exists {
+    if made.is_err() && capacity.is_some() {
         // A store that nobody asked for by itself.
         drop(store);
         let _ = std::fs::remove_file(path);

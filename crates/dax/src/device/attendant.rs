@@ -74,6 +74,8 @@ impl Attendant {
             if store.medium().path().is_some() {
                 watch = Some(Watch::new(source.file.as_fd())?);
             }
+            // For what changed before anybody watched.
+            bell.ring();
         }
         let name = source.name.clone();
         let rounds = Rounds { core, bell: bell.clone(), stop: stop.clone(), watch };

@@ -34,12 +34,18 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    /// What is there; a blank area is formatted.
+    /// What is there; a blank area is formatted. A blank header alone is not a blank area.
     pub(super) fn open(area: Arc<dyn Area>, room: u64, align: Geometry) -> io::Result<Self> {
         let mut sector = [0; SECTOR];
         area.read(0, &mut sector)?;
         let backend = Self { area, room, align, len: Mutex::new(0) };
         if sector.iter().all(|byte| *byte == 0) {
+            let mut behind = [0; PAGE_SIZE];
+            backend.area.read(TABLE_AT, &mut behind)?;
+            if behind.iter().any(|byte| *byte != 0) {
+                let why = "its header is blank, and there is a table of files behind it; nothing was changed";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            }
             backend.write_header(0)?;
         } else {
             *backend.lock() = backend.header(&sector)?;

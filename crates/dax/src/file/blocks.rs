@@ -3,7 +3,7 @@
 //! What     [`Blocks`]. A block is a compound page of the namespace's alignment. One window over all of them is how
 //!          bytes are copied; a pagemap of the type `FsDax` counts references.
 //! Why      apart from files, because a block does not know whose it is: its head's word does (`page->mapping`).
-//! Owns     the claim to the namespace, the pfns, the pagemap and the window.
+//! Owns     the claim to the namespace and to its files, the pfns, the pagemap and the window.
 //! Fails    with the system's error.
 
 use std::io;
@@ -15,6 +15,7 @@ use uhmm_core::device::MemoryType;
 use uhmm_core::pagemap::{Pagemap, PagemapOps};
 use uhmm_core::sync::Ordering;
 use uhmm_sys::dax::{Protection, Window, flush};
+use uhmm_sys::filelock::FileLock;
 
 use crate::device::DeviceError;
 use crate::device::source::Source;
@@ -28,10 +29,16 @@ pub(super) struct Blocks {
     region: Region,
     pub(super) pagemap: Arc<Pagemap>,
     window: Window,
+    /// Keeps everybody else from the files.
+    alone: Option<FileLock>,
 }
 
 impl Blocks {
-    pub(super) fn new(source: Source, ops: Arc<dyn PagemapOps>) -> Result<Self, DeviceError> {
+    pub(super) fn new(
+        source: Source,
+        ops: Arc<dyn PagemapOps>,
+        alone: FileLock,
+    ) -> Result<Self, DeviceError> {
         let device = source.name.clone();
         let io = |error| DeviceError::Io { device: device.clone(), error };
         let (len, align) = (source.size().bytes() as usize, source.align.max(Geometry::M2).bytes());
@@ -47,7 +54,7 @@ impl Blocks {
         let builder = region.ranges.iter().fold(builder, |builder, range| builder.range(*range));
         let pagemap = machine().register(builder);
         let pagemap = pagemap.map_err(|error| DeviceError::Register { device: device.clone(), error })?;
-        Ok(Self { source, region, pagemap, window })
+        Ok(Self { source, region, pagemap, window, alone: Some(alone) })
     }
 
     /// Bytes of a block.
@@ -173,7 +180,7 @@ impl Drop for Blocks {
         let mut no_wait = |_: PageCount| false;
         if machine().unregister(&self.pagemap, &mut no_wait).is_err() {
             // Somebody has pages of it, whose place must not become another's.
-            std::mem::forget(self.source.store.take());
+            std::mem::forget((self.source.store.take(), self.alone.take()));
         }
     }
 }

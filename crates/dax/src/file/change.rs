@@ -238,7 +238,11 @@ impl Body {
     pub(super) fn truncate(&self, which: Which<'_>, size: u64, patience: &Patience) -> Result<(), FileError> {
         let block = self.blocks.bytes();
         let keep = size.div_ceil(block);
-        let behind = |record: &Record| record.runs.within(keep, u64::MAX).collect();
+        // The block that is cut as well: it is made zero behind the cut.
+        let behind = |record: &Record| match record.size {
+            now if size < now => record.runs.within(size / block, u64::MAX).collect(),
+            _ => Vec::new(),
+        };
         let (mut state, claims) = self.break_layouts(which, patience, behind)?;
         let mut record = state.record(which)?.clone();
         if size >= record.size {

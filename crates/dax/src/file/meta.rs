@@ -6,7 +6,9 @@
 //! Fails    with [`MetaError`]; then nothing has changed.
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use uhmm_addr::PAGE_SIZE;
 
+use super::SIZE_MAX;
 use super::backend::Backend;
 use super::runs::{Run, Runs};
 
@@ -52,7 +54,10 @@ impl Record {
             return None;
         }
         let runs = runs.iter().map(|[at, block, len]| Run { at: *at, block: *block, len: *len });
-        Some(Self { size: *size, runs: Runs::checked(runs.collect())? })
+        let runs = Runs::checked(runs.collect())?;
+        let end = runs.iter().last().map_or(0, |run| run.at + run.len);
+        let fits = *size <= SIZE_MAX && end <= SIZE_MAX / PAGE_SIZE as u64;
+        fits.then_some(Self { size: *size, runs })
     }
 }
 
@@ -100,7 +105,8 @@ impl Meta {
         for entry in names.iter().map_err(failed)? {
             let (name, inode) = entry.map_err(failed)?;
             let (name, inode) = (name.value(), inode.value());
-            let record = files.get(inode).map_err(failed)?;
+            // Behind the last number there is none for another file.
+            let record = files.get(inode).map_err(failed)?.filter(|_| inode < u64::MAX);
             let record =
                 record.and_then(|bytes| Record::decode(bytes.value())).ok_or_else(|| corrupted(name))?;
             found.push((name.to_owned(), inode, record));

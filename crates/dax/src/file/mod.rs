@@ -92,7 +92,6 @@ pub(crate) struct Inner {
     // Ends first.
     _attendant: Attendant,
     body: Arc<Body>,
-    _alone: FileLock,
 }
 
 /// What its thread needs as well.
@@ -162,7 +161,7 @@ impl FileSystem {
         let alone = alone.map_err(|_| FsError::InUse { device: device.clone() })?;
         let driver = Arc::new(Driver::default());
         view::install().map_err(crate::device::DeviceError::from)?;
-        let blocks = Arc::new(Blocks::new(source, driver.clone())?);
+        let blocks = Arc::new(Blocks::new(source, driver.clone(), alone)?);
         let _ = driver.blocks.set(Arc::downgrade(&blocks));
         let table =
             (blocks.source.size().bytes() / 64).clamp(TABLE_MIN, TABLE_MAX).next_multiple_of(blocks.bytes());
@@ -181,7 +180,7 @@ impl FileSystem {
         body.identify_all();
         body.follow(&mut body.lock()).map_err(crate::device::DeviceError::from)?;
         let attendant = Attendant::start(body.clone()).map_err(io)?;
-        Ok(Self { inner: Arc::new(Inner { _attendant: attendant, body, _alone: alone }) })
+        Ok(Self { inner: Arc::new(Inner { _attendant: attendant, body }) })
     }
 
     /// Every file's name, in order.
@@ -243,6 +242,7 @@ impl State {
                     }
                 }
             }
+            // `Meta::files` refuses the last number.
             state.next_inode = state.next_inode.max(inode + 1);
             state.names.insert(name, inode);
             state.files.insert(inode, record);

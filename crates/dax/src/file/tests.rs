@@ -149,6 +149,8 @@ fn a_header_that_is_none_is_not_written_over() {
     };
     let told = refused(|bytes| bytes[20] ^= 1, Geometry::K4);
     assert!(told.contains("nothing was changed"), "{told}");
+    let told = refused(|bytes| bytes[..512].fill(0), Geometry::K4);
+    assert!(told.contains("its header is blank"), "{told}");
     let told = refused(|_| (), Geometry::M2);
     assert!(told.contains("blocks of 4096 bytes, and the namespace is aligned to 2M"), "{told}");
     let newer = |bytes: &mut Vec<u8>| {
@@ -157,6 +159,22 @@ fn a_header_that_is_none_is_not_written_over() {
         bytes[28..32].copy_from_slice(&sum);
     };
     assert!(refused(newer, Geometry::K4).contains("version 2"));
+}
+
+#[test]
+fn records_that_no_file_can_have_are_refused() {
+    let end = SIZE_MAX / 4096;
+    let record = |size, at| Record { size, runs: Runs::checked(vec![Run { at, block: 1, len: 1 }]).unwrap() };
+    for (inode, record, fine) in [
+        (1, record(SIZE_MAX, end - 1), true),
+        (1, record(SIZE_MAX + 1, 0), false),
+        (1, record(0, end), false),
+        (u64::MAX, record(0, 0), false),
+    ] {
+        let meta = open(Noted::over(vec![0; ROOM as usize]));
+        meta.create("a", inode, &record).unwrap();
+        assert_eq!(meta.files().is_ok(), fine, "{inode} {record:?}");
+    }
 }
 
 /// Pages that are given to another as soon as nobody refers to them, and threads that refer to them: none finds a page

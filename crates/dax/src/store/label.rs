@@ -197,6 +197,9 @@ pub fn decode(copy: &[u8]) -> Result<Label, LabelFault> {
     if version > VERSION {
         return Err(LabelFault::Newer { found: version });
     }
+    if sequence == u64::MAX {
+        return Err(LabelFault::Invalid("no label can follow it"));
+    }
     let mut reader = Reader(whole.get(CHECKSUM.end..).unwrap_or_default());
     let region = reader.u32()?;
     let uuid = Uuid(reader.array()?);

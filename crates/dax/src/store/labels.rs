@@ -5,8 +5,9 @@
 //! Why      power may fail in the middle of a write, and a medium tears a write between sectors. The copy that is
 //!          in force is never written; a new label goes over the other one and is in force from the moment at
 //!          which its checksum holds. So what is read is the state before a change or the state after it.
-//! Order    write, then sync; a change is done when the sync has returned. After a failed write the labels must
-//!          be read again: either state may be there.
+//! Order    write, then sync; a change is done when the sync has returned. When either fails, the copy is blanked, so
+//!          that one that only a cache holds is not taken for safe. That may fail too: the labels must be read again,
+//!          and either state may be there.
 //! Fails    [`LabelsError`]. With no whole copy nothing is read and nothing is written: formatting is for blank
 //!          areas alone.
 
@@ -97,16 +98,25 @@ impl Labels {
 
     /// Puts `table` in force, by the copy that is not.
     pub fn write(&mut self, area: &dyn Area, table: Table) -> Result<(), LabelsError> {
-        if let Some(LabelFault::Newer { found }) = self.other {
-            return Err(LabelsError::Newer { found });
-        }
+        self.changeable()?;
         let label = Label { sequence: self.label.sequence + 1, table };
         let bytes = encode(&label)?;
         let copy = 1 - self.copy;
-        area.write(copy * COPY_BYTES as u64, &bytes)?;
-        area.sync()?;
+        let at = copy * COPY_BYTES as u64;
+        if let Err(error) = area.write(at, &bytes).and_then(|()| area.sync()) {
+            let _ = area.write(at, &[0; 512]);
+            return Err(error.into());
+        }
         *self = Self { label, copy, other: None };
         Ok(())
+    }
+
+    /// Whether there may be new ones: not over a newer version's.
+    pub fn changeable(&self) -> Result<(), LabelsError> {
+        match self.other {
+            Some(LabelFault::Newer { found }) => Err(LabelsError::Newer { found }),
+            _ => Ok(()),
+        }
     }
 
     /// What they say.

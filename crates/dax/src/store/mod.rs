@@ -220,6 +220,7 @@ impl Store {
     /// Takes the right to use a namespace.
     pub fn claim(&self, id: NamespaceId) -> Result<Claim, ChangeError> {
         let (labels, _lock) = self.locked()?;
+        labels.changeable()?;
         let namespace = labels.table().get(id)?.clone();
         let device = labels.table().device_name(id);
         // Who has it alone holds the labels' lock as well, so that nobody does now.
@@ -276,6 +277,7 @@ impl Store {
     /// Applies `change` to the newest labels and puts the result in force, if it succeeds.
     fn change<T>(&self, change: impl FnOnce(&mut Table) -> Result<T, ChangeError>) -> Result<T, ChangeError> {
         let (mut labels, _lock) = self.locked()?;
+        labels.changeable()?;
         let mut table = labels.table().clone();
         let done = change(&mut table)?;
         labels.write(self.medium.labels(), table)?;

@@ -317,6 +317,60 @@ fn a_copy_that_is_broken_or_newer_is_passed_over() {
     assert!(newer.writes.lock().unwrap().is_empty(), "what a newer version wrote stays");
 }
 
+#[test]
+fn beside_a_newer_label_nothing_is_made_zero() {
+    use std::os::unix::fs::FileExt;
+    let store = Store::memory(ByteSize::mib(64), None, 0).unwrap();
+    let ids = [(); 2].map(|()| store.create_namespace(&spec(4, Geometry::K4)).unwrap());
+    let mut bytes = blank();
+    store.medium.labels().read(0, &mut bytes).unwrap();
+    store.medium.labels().write(0, &newer_copy(bytes, COPY_BYTES)).unwrap();
+    let file = std::fs::File::from(store.medium.fd().try_clone_to_owned().unwrap());
+    let at = store.medium.offset(Extent { start: 2048, len: 1 });
+    file.write_all_at(&[7], at).unwrap();
+    let told = store.create_namespace(&spec(4, Geometry::K4)).unwrap_err().to_string();
+    assert!(told.contains("a newer uhmm wrote"), "{told}");
+    assert!(store.claim(ids[0]).is_err() && store.table().is_ok());
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    assert_eq!(byte, [7]);
+}
+
+/// An area whose writes are never safe.
+#[derive(Debug)]
+struct Unsafe(Noted);
+
+impl Area for Unsafe {
+    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        self.0.read(at, into)
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write(at, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Other.into())
+    }
+}
+
+#[test]
+fn a_label_that_could_not_be_made_safe_is_not_in_force() {
+    let area = Noted::over(blank());
+    let mut labels = Labels::format(&area, table(64)).unwrap();
+    let mut new = labels.table().clone();
+    new.create(&Spec::default(), uuid(1)).unwrap();
+    let area = Unsafe(area);
+    assert!(matches!(labels.write(&area, new), Err(LabelsError::Io(_))));
+    assert_eq!(Labels::read(&area).unwrap().table(), &table(64));
+}
+
+#[test]
+fn a_label_that_none_can_follow_is_refused() {
+    let bytes = encode(&Label { sequence: u64::MAX, table: table(64) }).unwrap();
+    assert_eq!(decode(&bytes), Err(LabelFault::Invalid("no label can follow it")));
+}
+
 /// Makes the copy at `at` one of the next version, with a checksum that holds.
 fn newer_copy(mut bytes: Vec<u8>, at: usize) -> Vec<u8> {
     let length = u32::from_le_bytes(bytes[at + 12..at + 16].try_into().unwrap()) as usize;
