@@ -11,6 +11,8 @@
 pub(crate) mod locked;
 #[cfg(all(test, loom))]
 pub(crate) mod loom;
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 use alloc::boxed::Box;
 
@@ -57,16 +59,32 @@ pub(crate) fn relax() {
 
 const WRITER: u32 = 1 << 31;
 const WAITING: u32 = 1 << 30;
-const READERS: u32 = WAITING - 1;
+const TURN: u32 = 1 << 29;
+const READERS: u32 = TURN - 1;
 /// Looks before sleeping: as long as it takes to be woken, which is longer than the lock is held, as a rule.
 const SPINS: u32 = if cfg!(loom) { 1 } else { 512 };
 
+/// Who waits, and what he may ask of others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// A writer, who keeps out whoever comes later.
+    Write,
+    /// A reader, or somebody who only waits for a writer to be gone.
+    Read,
+}
+
 /// A lock held by many readers or by one writer; a waiting writer goes before new readers.
+///
+/// A writer that has slept and finds the lock taken again says that it is its turn: from then on those alone may take
+/// the lock who have slept for it as well. Whoever lets go and comes back at once would otherwise be faster each time
+/// than the sleeper is woken, and the sleeper, who may be a fault handler, would wait for as long as that goes on.
 ///
 /// Not recursive. It guards a protocol, not a value: what it protects is said where it lives.
 #[derive(Debug)]
 pub struct Gate {
-    // WRITER: held for writing. WAITING: somebody may sleep on the word. The rest: number of readers.
+    // WRITER: held for writing. WAITING: somebody may sleep on the word. TURN: a writer that has slept is next. It goes
+    // when anybody who has slept takes the open lock, so that who set it last is still waiting, and will take it; in a
+    // forked child, which has the word and not the waiter, it costs the next one a sleep. The rest: number of readers.
     word: AtomicU32,
 }
 
@@ -91,20 +109,27 @@ impl Gate {
 
     /// Waits until no writer holds or wants the lock, and joins the readers.
     pub fn read<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> ReadGuard<'a, P> {
-        self.acquire(park, false, |word| (word & (WRITER | WAITING) == 0).then(|| word + 1));
+        self.acquire(park, Wait::Read, |word, slept| match word & (WRITER | WAITING | TURN) {
+            0 => Some(word + 1),
+            _ if slept && word & (WRITER | READERS) == 0 => Some((word & !TURN) + 1),
+            _ => None,
+        });
         ReadGuard { gate: self, park }
     }
 
     /// Waits until nobody holds the lock, and holds it alone.
     pub fn write<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> WriteGuard<'a, P> {
-        self.acquire(park, true, |word| (word & (WRITER | READERS) == 0).then_some(word | WRITER));
+        self.acquire(park, Wait::Write, |word, slept| {
+            let (barred, next) = if slept { (0, word & !TURN) } else { (TURN, word) };
+            (word & (WRITER | READERS | barred) == 0).then_some(next | WRITER)
+        });
         WriteGuard { gate: self, park }
     }
 
-    /// Holds the lock alone, if nobody holds it now.
+    /// Holds the lock alone, if nobody holds it now and it is nobody's turn.
     pub fn try_write<'a, P: Park + ?Sized>(&'a self, park: &'a P) -> Option<WriteGuard<'a, P>> {
         let mut word = self.word.load(Ordering::Relaxed);
-        while word & (WRITER | READERS) == 0 {
+        while word & (WRITER | READERS | TURN) == 0 {
             match self.word.compare_exchange(word, word | WRITER, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return Some(WriteGuard { gate: self, park }),
                 Err(now) => word = now,
@@ -115,42 +140,43 @@ impl Gate {
 
     /// Waits until the writer that holds the lock now, if any, has let it go.
     pub fn pass<P: Park + ?Sized>(&self, park: &P) {
-        self.acquire(park, false, |word| (word & WRITER == 0).then_some(word));
+        self.acquire(park, Wait::Read, |word, _| (word & WRITER == 0).then_some(word));
     }
 
     /// Ends a hold for writing whose guard was forgotten.
     pub(crate) fn release_forgotten<P: Park + ?Sized>(&self, park: &P) {
+        // In a forked child there is nobody left whose turn it was; in the parent he says so again.
+        self.word.fetch_and(!TURN, Ordering::Relaxed);
         self.release(park, WRITER);
     }
 
-    /// `first`: whoever comes later is kept out from the beginning, not only once the caller sleeps. A reader that
-    /// comes back again and again would be faster each time than a sleeper is woken.
-    fn acquire<P: Park + ?Sized>(&self, park: &P, first: bool, step: impl Fn(u32) -> Option<u32>) {
-        let mut spins = 0;
+    /// `step`: what the word becomes if it can be taken as it is, by one who has slept for it or has not.
+    ///
+    /// A writer keeps whoever comes later out from the beginning, not only once it sleeps. A reader that comes back
+    /// again and again would be faster each time than a sleeper is woken.
+    fn acquire<P: Park + ?Sized>(&self, park: &P, wait: Wait, step: impl Fn(u32, bool) -> Option<u32>) {
+        let (mut spins, mut slept) = (0, false);
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
-            if let Some(next) = step(word) {
+            let mark = if slept && wait == Wait::Write { WAITING | TURN } else { WAITING };
+            if let Some(next) = step(word, slept) {
                 match self.word.compare_exchange_weak(word, next, Ordering::Acquire, Ordering::Relaxed) {
                     Ok(_) => return,
                     Err(seen) => word = seen,
                 }
-            } else if spins < SPINS && (word & WAITING != 0 || !first) {
+            } else if spins < SPINS && (word & mark == mark || wait == Wait::Read) {
                 spins += 1;
                 relax();
                 word = self.word.load(Ordering::Relaxed);
-            } else if word & WAITING == 0 {
-                match self.word.compare_exchange_weak(
-                    word,
-                    word | WAITING,
-                    Ordering::Relaxed,
-                    Ordering::Relaxed,
-                ) {
-                    Ok(_) => word |= WAITING,
+            } else if word & mark != mark {
+                match self.word.compare_exchange_weak(word, word | mark, Ordering::Relaxed, Ordering::Relaxed)
+                {
+                    Ok(_) => word |= mark,
                     Err(seen) => word = seen,
                 }
             } else {
                 park.park(&self.word, word);
-                spins = 0;
+                (spins, slept) = (0, true);
                 word = self.word.load(Ordering::Relaxed);
             }
         }
@@ -159,9 +185,10 @@ impl Gate {
     fn release<P: Park + ?Sized>(&self, park: &P, held: u32) {
         let before = self.word.fetch_sub(held, Ordering::Release);
         let left = before - held;
-        // The last one out opens the gate to all who wait; they settle the order among themselves.
-        if left == WAITING
-            && self.word.compare_exchange(WAITING, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        // The last one out opens the gate to all who wait; they settle the order among themselves. Where the word has
+        // changed somebody is in again, and opens it then.
+        if left & !TURN == WAITING
+            && self.word.compare_exchange(left, left & !WAITING, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
             park.unpark(&self.word);
         }

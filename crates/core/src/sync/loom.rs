@@ -86,3 +86,34 @@ fn readers_share_and_exclude_the_writer() {
         assert_eq!(guarded.get(), 1);
     });
 }
+
+/// The turn of a writer that slept is taken by it, whoever else comes: else a thread would sleep for ever.
+#[test]
+fn a_writer_that_slept_has_its_turn_beside_writers_that_come_back() {
+    ::loom::model(|| {
+        let guarded = Guarded::new();
+        let other = guarded.clone();
+        let thread = thread::spawn(move || {
+            other.add();
+            other.add();
+        });
+        (0..3).for_each(|_| guarded.add());
+        thread.join().unwrap();
+        assert_eq!(guarded.get(), 5);
+    });
+}
+
+#[test]
+fn a_reader_and_two_writers_that_come_back_all_get_in() {
+    ::loom::model(|| {
+        let guarded = Guarded::new();
+        let (writer, reader) = (guarded.clone(), guarded.clone());
+        let writer = thread::spawn(move || writer.add());
+        let reader = thread::spawn(move || reader.get());
+        guarded.add();
+        guarded.add();
+        assert!(reader.join().unwrap() <= 3);
+        writer.join().unwrap();
+        assert_eq!(guarded.get(), 3);
+    });
+}

@@ -13,6 +13,10 @@ use super::{Event, SimHost, Trap};
 /// Attempts of a touch before the program is said to be stuck.
 const ATTEMPTS: usize = 100;
 
+/// The same of waits, of a millisecond at the most, for a page that another thread moves: how long that takes is for
+/// the machine to say, which may be busy.
+const WAITS: usize = 20_000;
+
 /// Reads every event that waits and applies it, as an engine does.
 pub fn deliver(mm: &Mm<SimHost>) {
     let layout = mm.lock_layout();
@@ -32,7 +36,7 @@ pub enum Killed {
     Bus,
     /// SIGSEGV.
     Segv,
-    /// The fault came back again and again.
+    /// The fault came back again and again, or another thread never had done with the page.
     Stuck,
 }
 
@@ -64,7 +68,8 @@ impl Program {
     }
 
     fn touch<T>(&self, page: Vpn, attempt: impl Fn() -> Result<T, Trap>) -> Result<T, Killed> {
-        for _ in 0..ATTEMPTS {
+        let (mut attempts, mut waits) = (0, 0);
+        while attempts < ATTEMPTS && waits < WAITS {
             let access = match attempt() {
                 Ok(value) => return Ok(value),
                 Err(Trap::Bus) => return Err(Killed::Bus),
@@ -74,11 +79,16 @@ impl Program {
             match self.resolve(Fault { addr: page.base(), access, ours: false }) {
                 Resolution::Resolved(_) => {}
                 Resolution::Pending => deliver(&self.mm),
-                Resolution::InFlight => self.mm.wait_in_flight(page),
+                Resolution::InFlight => {
+                    self.mm.wait_in_flight(page);
+                    waits += 1;
+                    continue;
+                }
                 Resolution::Starved => self.mm.grant(PageCount::new(64)),
                 Resolution::Poisoned(_) => {}
                 Resolution::Unmanaged => return Err(Killed::Segv),
             }
+            attempts += 1;
         }
         Err(Killed::Stuck)
     }
