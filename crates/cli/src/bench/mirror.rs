@@ -17,6 +17,8 @@ use super::Measure;
 use super::migrate::marked;
 use super::row::{Pair, RowError, Scale};
 
+/// By then whatever was under way is over.
+const SETTLED: Duration = Duration::from_secs(1);
 const SCAN: &str = "one PAGEMAP_SCAN of the same pages, for what is unusual";
 
 /// Seconds for so many pages as nanoseconds for one.
@@ -31,7 +33,24 @@ fn resident(size: ByteSize, pages: Geometry) -> Result<(Space, Buffer<u64>), Row
     let space = Space::builder().device(Arc::new(device)).huge_pages(huge).engine(Engine::Threads);
     let space = space.build().map_err(RowError::unavailable)?;
     let buffer = marked(&space, size, pages)?;
-    Ok((space, buffer))
+    // A thread goes on as soon as its page is there, a moment before that is known of it.
+    let (range, start) = (buffer.range(), Instant::now());
+    loop {
+        let mut there = PageCount::ZERO;
+        let count = |segment: Segment| {
+            if is_there(&segment, pages) {
+                there = there.plus(segment.range().pages());
+            }
+        };
+        space.segments(range, None, count).map_err(RowError::unavailable)?;
+        if there == range.pages() {
+            return Ok((space, buffer));
+        }
+        if start.elapsed() > SETTLED {
+            return Err(RowError::WrongData { page: there.get() });
+        }
+        std::thread::yield_now();
+    }
 }
 
 /// What the kernel's own walk takes to tell that all pages are there, may be written, and are of that size: it is
