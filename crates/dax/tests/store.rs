@@ -95,6 +95,11 @@ fn what_belonged_to_another_is_zero() {
         .reconfigure(id, &Change { mode: Some(Mode::FsDax), align: Some(Geometry::K4), name: None })
         .unwrap();
     assert_eq!(first(), 7, "a namespace that is reconfigured keeps its bytes");
+    let refused = store.resize(id, ByteSize::mib(16));
+    assert!(
+        matches!(refused, Err(ChangeError::Files { .. })),
+        "{refused:?}: where files lie follows from the size"
+    );
     store.destroy(id).unwrap();
     store.create_namespace(&spec(8)).unwrap();
     assert_eq!(first(), 0);

@@ -145,6 +145,12 @@ pub enum ChangeError {
         /// Who has the store open.
         holders: Vec<Holder>,
     },
+    /// It holds files, which would be lost.
+    #[error("{device} holds files and keeps its size; make another namespace and copy them")]
+    Files {
+        /// The namespace.
+        device: String,
+    },
     /// Somebody else is changing the store, and does not come to an end.
     #[error(
         "another process is changing the store, and has not finished within {seconds} seconds ({})",

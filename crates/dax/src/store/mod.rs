@@ -151,10 +151,14 @@ impl Store {
         })
     }
 
-    /// Gives a namespace that nobody uses another size. What it gains is zero.
+    /// Gives a namespace that nobody uses another size. What it gains is zero. Not one that holds files: where their blocks
+    /// begin follows from its size.
     pub fn resize(&self, id: NamespaceId, size: ByteSize) -> Result<(), ChangeError> {
         self.change(|table| {
             let before = table.get(id)?.clone();
+            if before.mode == Mode::FsDax {
+                return Err(ChangeError::Files { device: table.device_name(id) });
+            }
             table.resize(id, size)?;
             let _alone = self.alone(table, &before, Some(size))?;
             let had = before.pages().get() as u64;
