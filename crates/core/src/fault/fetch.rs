@@ -113,11 +113,13 @@ impl<H: Host> Mm<H> {
         scratch: &mut Scratch,
     ) -> Option<(Vpn, PageCount)> {
         let pfn = word.pfn()?;
+        // Those that come with the page that was touched are about to be: they are used alike.
+        let now = self.age();
         let claim = |page: Vpn, word: PageWord, pfn: Pfn| {
-            self.table.entry(page).exchange(word, PageWord::moving_in(pfn).claimed_from(word)).is_ok()
+            let moving = PageWord::moving_in(pfn).claimed_from(word).refaulted(now);
+            self.table.entry(page).exchange(word, moving).is_ok()
         };
-        let touched = PageWord::moving_in(pfn).claimed_from(word).refaulted(self.age());
-        if self.table.entry(page).exchange(word, touched).is_err() {
+        if !claim(page, word, pfn) {
             return None;
         }
         scratch.pfns[0] = pfn;
