@@ -109,7 +109,8 @@ fn migrate_mixed(setup: Setup) {
     let done = space.migrate(memory.range()).unwrap();
     // The zero page, which is all that reads have brought, counts as a page or as a hole, as the kernel has it.
     let zeros = done.moved.get() - 8;
-    assert!(zeros <= 20, "{zeros}");
+    // A fault on fresh memory fills 16 pages, but none behind the border of a chunk: there, the reads raise two.
+    assert!(zeros <= 23, "{zeros}");
     assert_eq!(done.skipped.get(Skip::Elsewhere), 4, "{:?}", done.skipped);
     assert_eq!(done.skipped.get(Skip::Hole), 28 - zeros as u64, "{:?}", done.skipped);
     assert_eq!(done.skipped.total(), 32 - zeros as u64, "{:?}", done.skipped);
