@@ -23,7 +23,7 @@ use std::slice;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use uhmm_addr::{ByteSize, PageCount, VaRange, VirtAddr};
+use uhmm_addr::{ByteSize, PAGE_SIZE, PageCount, VaRange, VirtAddr};
 use uhmm_core::device::{
     Device, DeviceMemory, DevicePage, MemoryType, PeerTransfer, Transfer, TransferError,
 };
@@ -260,33 +260,49 @@ const PIECE: usize = 4096;
 /// As [`ptr::copy_nonoverlapping`].
 unsafe fn copy(from: *const u8, to: *mut u8, len: usize, stream: usize) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if len >= stream && (from as usize | to as usize | len).is_multiple_of(64) {
-        use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_sfence, _mm_stream_si128};
-        let lines = from.cast::<[__m128i; 4]>();
-        let targets = to.cast::<[__m128i; 4]>();
-        for n in 0..len / size_of::<[__m128i; 4]>() {
-            // SAFETY: the caller's promise covers `len` bytes of both; all is aligned to 64 (checked), and the
-            // instructions are part of every x86-64 processor. The fence below orders the stores before
-            // whatever follows, as ordinary ones would be.
-            unsafe {
-                let (line, target) = (lines.add(n).cast::<__m128i>(), targets.add(n).cast::<__m128i>());
-                let (a, b) = (_mm_load_si128(line), _mm_load_si128(line.add(1)));
-                let (c, d) = (_mm_load_si128(line.add(2)), _mm_load_si128(line.add(3)));
-                _mm_stream_si128(target, a);
-                _mm_stream_si128(target.add(1), b);
-                _mm_stream_si128(target.add(2), c);
-                _mm_stream_si128(target.add(3), d);
-            }
-        }
-        // SAFETY: part of every x86-64 processor, and touches no memory.
-        unsafe { _mm_sfence() };
-        return;
+    if len >= stream && (from as usize | to as usize | len).is_multiple_of(PAGE_SIZE) {
+        // SAFETY: the caller's promise; both are aligned, and so is the length (checked).
+        return unsafe { stream_pages(from, to, len) };
     }
     let _ = stream;
     for at in (0..len).step_by(PIECE) {
         // SAFETY: the caller's promise, of which this is a part.
         unsafe { ptr::copy_nonoverlapping(from.add(at), to.add(at), PIECE.min(len - at)) }
     }
+}
+
+/// Copies whole pages past the caches, a few of them side by side: a processor fetches ahead within a page, and as many
+/// pages as it is told of.
+///
+/// # Safety
+/// As [`ptr::copy_nonoverlapping`], with `from`, `to` and `len` multiples of the page size.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+unsafe fn stream_pages(from: *const u8, to: *mut u8, len: usize) {
+    use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_sfence, _mm_stream_si128};
+    const ABREAST: usize = 4 * PAGE_SIZE;
+    const BLOCK: usize = 256;
+    const VECTORS: usize = BLOCK / size_of::<__m128i>();
+    for group in (0..len).step_by(ABREAST) {
+        let end = ABREAST.min(len - group);
+        for at in (0..PAGE_SIZE).step_by(BLOCK) {
+            for page in (0..end).step_by(PAGE_SIZE) {
+                let offset = group + page + at;
+                // SAFETY: blocks of whole pages below `len`, which the caller promises, and aligned as those are; the
+                // instructions are part of every x86-64 processor. The fence below orders the stores before whatever
+                // follows, as ordinary ones would be.
+                unsafe {
+                    let source = from.add(offset).cast::<__m128i>();
+                    let target = to.add(offset).cast::<__m128i>();
+                    let block: [__m128i; VECTORS] = std::array::from_fn(|n| _mm_load_si128(source.add(n)));
+                    for (n, vector) in block.into_iter().enumerate() {
+                        _mm_stream_si128(target.add(n), vector);
+                    }
+                }
+            }
+        }
+    }
+    // SAFETY: part of every x86-64 processor, and touches no memory.
+    unsafe { _mm_sfence() };
 }
 
 /// A kernel that has no huge pages does not know of advice against them.

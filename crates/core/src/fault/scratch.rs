@@ -6,8 +6,8 @@ use uhmm_addr::{PAGE_SIZE, PageCount, Pfn};
 
 use crate::device::{DevicePage, Transfer};
 
-/// The most pages that one fault brings home: 256 KiB.
-pub const MAX_WINDOW: PageCount = PageCount::new(64);
+/// The most pages that one fault brings home: 1 MiB.
+pub const MAX_WINDOW: PageCount = PageCount::new(256);
 
 /// Working memory for one fault at a time.
 #[derive(Debug)]

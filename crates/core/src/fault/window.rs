@@ -2,6 +2,8 @@
 //!
 //! What   [`Windows`] remembers a few streams of faults. A fault about where a stream would go on doubles that
 //!        stream's window; any other fault starts one with the window of random access.
+//! Until  a window is as long as they go, or, from [`TRUSTED`] pages on, as long as a quarter of what the stream has
+//!        come by: what is read in vain behind the end of a stretch is a part of the stretch, and small.
 //! Why    reading one page at random costs the latency of the device, reading them in order should cost
 //!        its bandwidth.
 //! Which  streams that went on at least once are kept apart from those that began a moment ago: a program
@@ -16,6 +18,10 @@ use crate::sync::{AtomicU64, AtomicUsize, Ordering};
 const STREAMS: usize = 8;
 /// Pages that a stream may skip, however short its last window: some pages of a sequence are in RAM.
 const SKIP: usize = 4;
+/// Windows up to here grow with each fault; longer ones with what is behind them.
+const TRUSTED: usize = 64;
+/// A window longer than [`TRUSTED`] is at most this part of its stream.
+const PART: usize = 4;
 
 /// Which way a sequence goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,24 +41,31 @@ pub struct Window {
     pub direction: Direction,
 }
 
-const LEN_BITS: u32 = 12;
-const DOWN: u64 = 1 << LEN_BITS;
-const PAGE_SHIFT: u32 = LEN_BITS + 1;
+const LEN_BITS: u32 = 10;
+const LEN_MASK: u64 = (1 << LEN_BITS) - 1;
+const RUN_SHIFT: u32 = LEN_BITS;
+const RUN_BITS: u32 = LEN_BITS + PART.ilog2();
+const RUN_MASK: u64 = (1 << RUN_BITS) - 1;
+const DOWN: u64 = 1 << (RUN_SHIFT + RUN_BITS);
+const PAGE_SHIFT: u32 = RUN_SHIFT + RUN_BITS + 1;
 
-/// One stream, in a word: the last page of its last window, the window's length, and its direction. A stream
-/// that began with one fault goes up or down as its second fault says.
+/// One stream, in a word: the last page of its last window, the window's length, how many pages it has come by up to
+/// that window (or more than matters), and its direction. A stream that began with one fault goes up or down as its
+/// second fault says.
 #[derive(Clone, Copy)]
 struct Stream {
     last: usize,
     len: usize,
+    run: usize,
     direction: Direction,
 }
 
 impl Stream {
     fn unpack(word: u64) -> Option<Self> {
-        let len = (word & (DOWN - 1)) as usize;
+        let len = (word & LEN_MASK) as usize;
+        let run = (word >> RUN_SHIFT & RUN_MASK) as usize;
         let direction = if word & DOWN == 0 { Direction::Up } else { Direction::Down };
-        (len > 0).then_some(Self { last: (word >> PAGE_SHIFT) as usize, len, direction })
+        (len > 0).then_some(Self { last: (word >> PAGE_SHIFT) as usize, len, run, direction })
     }
 
     const fn pack(self) -> u64 {
@@ -60,7 +73,7 @@ impl Stream {
             Direction::Up => 0,
             Direction::Down => DOWN,
         };
-        (self.last as u64) << PAGE_SHIFT | down | self.len as u64
+        (self.last as u64) << PAGE_SHIFT | down | (self.run as u64) << RUN_SHIFT | self.len as u64
     }
 
     /// The direction in which `page` continues the stream, if it does.
@@ -118,7 +131,7 @@ pub(super) const FILL_WINDOW: usize = 16;
 impl Windows {
     /// Windows of `random` pages at random access, growing to `most` in sequences.
     pub fn new(random: PageCount, most: PageCount) -> Self {
-        let most = most.get().clamp(1, DOWN as usize - 1);
+        let most = most.get().clamp(1, LEN_MASK as usize);
         let random = random.get().clamp(1, most);
         let fill = FILL_WINDOW;
         Self { begun: Streams::new(false), proven: Streams::new(true), random, most, fill }
@@ -143,10 +156,12 @@ impl Windows {
             (stream, None)
         } else {
             let len = self.random;
-            self.begun.insert(Stream { last: page.get() + len - 1, len, direction: Direction::Up });
+            let last = page.get() + len - 1;
+            self.begun.insert(Stream { last, len, run: len, direction: Direction::Up });
             return Window { pages: PageCount::new(len), direction: Direction::Up };
         };
-        let len = (stream.len * 2).min(self.most);
+        let trusted = (stream.run / PART).max(TRUSTED);
+        let len = (stream.len * 2).min(trusted).min(self.most);
         let next = stream.moved_to(page, len);
         match known {
             Some(word) => word.store(next.pack(), Ordering::Relaxed),
@@ -158,32 +173,51 @@ impl Windows {
     /// A page was needed that did not have to be fetched: a stream that goes on there goes on behind it.
     pub fn passed(&self, page: Vpn) {
         if let Some((word, stream)) = self.proven.continued_by(page) {
-            word.store(Stream { last: page.get(), ..stream }.pack(), Ordering::Relaxed);
+            word.store(stream.reaching(page.get()).pack(), Ordering::Relaxed);
         }
     }
 
     /// Tells the policy that the window for `page` came to `pages` only, so that the next fault of the
     /// sequence is recognised.
     pub fn clipped(&self, page: Vpn, asked: Window, pages: PageCount) {
-        let stream = Stream { last: 0, len: asked.pages.get(), direction: asked.direction };
-        let old = stream.moved_to(page, asked.pages.get());
-        let new = Stream { len: old.len, ..stream.moved_to(page, pages.get()) };
+        let last = asked.last(page);
         for word in self.proven.entries.iter().chain(&self.begun.entries) {
-            if word.compare_exchange(old.pack(), new.pack(), Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            let packed = word.load(Ordering::Relaxed);
+            let Some(stream) = Stream::unpack(packed) else { continue };
+            if stream.last != last || stream.direction != asked.direction {
+                continue;
+            }
+            let last = Window { pages, ..asked }.last(page);
+            let run = stream.run.saturating_sub(asked.pages.minus(pages).get());
+            let new = Stream { last, run, ..stream };
+            if word.compare_exchange(packed, new.pack(), Ordering::Relaxed, Ordering::Relaxed).is_ok() {
                 return;
             }
         }
     }
 }
 
+impl Window {
+    /// Where it ends, in its direction, if it is about `page`.
+    const fn last(self, page: Vpn) -> usize {
+        match self.direction {
+            Direction::Up => page.get() + self.pages.get() - 1,
+            Direction::Down => (page.get() + 1).saturating_sub(self.pages.get()),
+        }
+    }
+}
+
 impl Stream {
+    /// The stream when it has come to `last`.
+    fn reaching(self, last: usize) -> Self {
+        let run = self.run.saturating_add(last.abs_diff(self.last)).min(RUN_MASK as usize);
+        Self { last, run, ..self }
+    }
+
     /// The stream after a window of `len` pages from `page` on.
-    const fn moved_to(self, page: Vpn, len: usize) -> Self {
-        let last = match self.direction {
-            Direction::Up => page.get() + len - 1,
-            Direction::Down => (page.get() + 1).saturating_sub(len),
-        };
-        Self { last, len, direction: self.direction }
+    fn moved_to(self, page: Vpn, len: usize) -> Self {
+        let window = Window { pages: PageCount::new(len), direction: self.direction };
+        Self { len, ..self.reaching(window.last(page)) }
     }
 }
 
@@ -195,7 +229,17 @@ mod tests {
     use uhmm_addr::{PageCount, Vpn};
 
     fn windows() -> Windows {
-        Windows::new(PageCount::new(1), PageCount::new(64))
+        Windows::new(PageCount::new(1), PageCount::new(256))
+    }
+
+    /// Touches `pages` pages from `page` on, in order: the windows it took, and the page behind the last.
+    fn run(windows: &Windows, page: usize, pages: usize) -> (Vec<usize>, usize) {
+        let (mut next, mut seen) = (page, Vec::new());
+        while next < page + pages {
+            seen.push(windows.on_fault(Vpn::new(next)).pages.get());
+            next += seen[seen.len() - 1];
+        }
+        (seen, next)
     }
 
     #[test]
@@ -215,15 +259,34 @@ mod tests {
 
     #[test]
     fn sequences_grow_to_the_limit() {
-        let windows = windows();
-        let mut page = 1000;
-        let mut seen = Vec::new();
-        for _ in 0..9 {
-            let len = windows.on_fault(Vpn::new(page)).pages.get();
-            seen.push(len);
-            page += len;
+        let (seen, _) = run(&windows(), 1000, 1500);
+        assert_eq!(seen[..9], [1, 2, 4, 8, 16, 32, 64, 64, 64]);
+        assert!(seen[9..].windows(2).all(|pair| pair[0] <= pair[1]), "{seen:?}");
+        assert_eq!(seen[seen.len() - 1], 256);
+    }
+
+    #[test]
+    fn little_is_read_behind_the_end_of_a_stretch() {
+        for pages in [1, 10, 60, 250, 500, 1000, 5000] {
+            let (_, end) = run(&windows(), 7_000_000, pages);
+            let vain = end - 7_000_000 - pages;
+            assert!(vain < 64.max(pages / 4), "{vain} behind {pages}");
         }
-        assert_eq!(seen, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
+    }
+
+    #[test]
+    fn what_is_clipped_does_not_count_as_gone_by() {
+        let windows = windows();
+        let mut page = 0x400;
+        for _ in 0..6 {
+            page += windows.on_fault(Vpn::new(page)).pages.get();
+        }
+        for _ in 0..100 {
+            let asked = windows.on_fault(Vpn::new(page));
+            assert!(asked.pages.get() <= 64.max((page - 0x400) / 4), "{asked:?} at {page:#x}");
+            windows.clipped(Vpn::new(page), asked, PageCount::new(3));
+            page += 3;
+        }
     }
 
     #[test]
@@ -239,7 +302,7 @@ mod tests {
                 page += windows.on_fault(Vpn::new(page)).pages.get();
             }
         }
-        assert_eq!(windows.on_fault(Vpn::new(page)).pages.get(), 64);
+        assert_eq!(windows.on_fault(Vpn::new(page)).pages.get(), 256);
     }
 
     #[test]
