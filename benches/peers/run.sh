@@ -4,17 +4,19 @@ set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 uhmm=${UHMM:-$here/../../target/release/uhmm}
-limit=64
+limit=
 swap_size=4096
 directory=${TMPDIR:-/var/tmp}
 json=no
-program=all
+programs='sort dict bytes sqlite xz node threads'
+chosen=()
 
 usage() {
     cat <<TEXT
-Usage: run.sh [--ram MIB] [--swap MIB] [--dir DIRECTORY] [--json] [sort | python | -- PROGRAM ARGS..]
+Usage: run.sh [--ram MIB] [--swap MIB] [--dir DIRECTORY] [--json] [PROGRAM.. | -- COMMAND ARGS..]
 
-  --ram MIB   memory for the program (default: $limit)
+  PROGRAM     $programs (default: all that are installed)
+  --ram MIB   memory for the program (default: half of the most that it has by itself)
   --swap MIB  size of the swap file (default: $swap_size)
   --dir DIR   where the swap file and uhmm's file lie; the same disk for both (default: $directory)
   --json      an array of {program, ram_mib, swap_seconds, uhmm_seconds, swap_peak_kib, uhmm_peak_kib, ratio}
@@ -36,13 +38,16 @@ while [ $# -gt 0 ]; do
         --dir) directory=$2; shift 2 ;;
         --json) json=yes; shift ;;
         --help | -h) usage; exit 0 ;;
-        --) shift; program=own; own=("$@"); break ;;
-        sort | python) program=$1; shift ;;
-        *) usage >&2; exit 2 ;;
+        --) shift; chosen=(own); own=("$@"); break ;;
+        *)
+            [[ " $programs " == *" $1 "* ]] || { usage >&2; exit 2; }
+            chosen+=("$1")
+            shift
+            ;;
     esac
 done
-[[ $limit =~ ^[1-9][0-9]*$ && $swap_size =~ ^[1-9][0-9]*$ ]] || fail "sizes are whole numbers of MiB"
-[ "$program" != own ] || [ ${#own[@]} -gt 0 ] || fail "no program behind --"
+[[ ${limit:-1} =~ ^[1-9][0-9]*$ && $swap_size =~ ^[1-9][0-9]*$ ]] || fail "sizes are whole numbers of MiB"
+[ "${chosen[*]}" != own ] || [ ${#own[@]} -gt 0 ] || fail "no command behind --"
 [ "$(id -u)" = 0 ] || fail "a memory limit and a swap file need root"
 [ -x "$uhmm" ] || fail "$uhmm is not there; build it (cargo build --release) or set UHMM"
 
@@ -72,18 +77,23 @@ if [ -f /sys/fs/cgroup/cgroup.controllers ] && grep -qw memory /sys/fs/cgroup/cg
     group=/sys/fs/cgroup/uhmm-peers-$$
     mkdir "$group"
     [ -f "$group/memory.max" ] || fail "the memory controller cannot be enabled in /sys/fs/cgroup"
-    echo $((limit << 20)) >"$group/memory.max"
     # Swap itself is not limited.
     echo max >"$group/memory.swap.max"
 elif [ -d /sys/fs/cgroup/memory ]; then
     cgroup=1
     group=/sys/fs/cgroup/memory/uhmm-peers-$$
     mkdir "$group"
-    echo $((limit << 20)) >"$group/memory.limit_in_bytes"
     echo 60 >"$group/memory.swappiness"
 else
     fail "no memory controller under /sys/fs/cgroup"
 fi
+
+# The group has $1 MiB from now on.
+set_limit() {
+    local file=$group/memory.limit_in_bytes
+    [ $cgroup = 1 ] || file=$group/memory.max
+    echo $(($1 << 20)) >"$file"
+}
 
 oom_kills() {
     local file=$group/memory.oom_control
@@ -117,26 +127,38 @@ work=$(mktemp -d "$directory/uhmm-peers.XXXXXX")
 
 # --- the programs ----------------------------------------------------------------------------------------------
 
-seq 3000000 >"$work/numbers"
-cat >"$work/dict.py" <<'PYTHON'
-import random
-random.seed(1)
-table = {n: str(n) * 3 for n in range(1_000_000)}
-total = 0
-for _ in range(250_000):
-    key = random.randrange(1_000_000)
-    total += len(table[key])
-    if key % 4 == 0:
-        table[key] = str(key + 1)
-print(total, len(table))
-PYTHON
-
+# What runs as $1, in "${command[@]}"; an error if this machine does not have it.
 command_of() {
     case $1 in
-        sort) command=(sort -r -S 1G -T "$work" "$work/numbers") ;;
-        python) command=(python3 "$work/dict.py") ;;
+        sort)
+            [ -f "$work/numbers" ] || seq 3000000 >"$work/numbers"
+            command=(sort -r -S 1G -T "$work" "$work/numbers")
+            ;;
+        dict) command=(python3 "$here/programs/dict.py") ;;
+        bytes) command=(python3 "$here/programs/bytes.py") ;;
+        sqlite) command=(sqlite3 -batch :memory: ".read $here/programs/index.sql") ;;
+        xz)
+            [ -f "$work/text" ] || seq -f '%.0f cold pages come back when touched' 100000 >"$work/text"
+            command=(xz -6 --threads=1 --stdout "$work/text")
+            ;;
+        node) command=(node "$here/programs/buffers.js") ;;
+        threads)
+            [ -x "$work/threads" ] || rustc --edition 2024 -O -o "$work/threads" "$here/programs/threads.rs" || return 1
+            command=("$work/threads")
+            ;;
         own) command=("${own[@]}") ;;
     esac
+    command -v "${command[0]}" >/dev/null
+}
+
+# The most that "$@" has resident by itself, in MiB.
+natural() {
+    python3 - "$@" <<'PYTHON'
+import resource, subprocess, sys
+
+subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
+PYTHON
 }
 
 # Seconds that "$@" took, by the clock; its output goes to the file $1.
@@ -161,31 +183,39 @@ results=()
 table() { [ $json = yes ] || printf '%-10s %8s %10s %10s %12s %12s %7s\n' "$@"; }
 
 compare() {
-    local name=$1 by_swap by_uhmm swap_peak uhmm_peak killed ratio
-    command_of "$name"
+    local name=$1 ram=$limit by_swap by_uhmm swap_peak uhmm_peak killed ratio
+    if [ -z "$ram" ]; then
+        ram=$(natural "${command[@]}") || fail "$name failed by itself"
+        ram=$((ram / 2))
+    fi
     killed=$(oom_kills)
     reset_peak
+    set_limit "$ram"
     by_swap=$(timed "$work/by-swap" in_group "${command[@]}") || fail "$name failed on kernel swap"
     [ "$(oom_kills)" = "$killed" ] || fail "$name was killed for want of memory: a larger --swap or --ram is needed"
     swap_peak=$(peak)
-    by_uhmm=$(TMPDIR=$directory timed "$work/by-uhmm" "$uhmm" run --quiet --ram "${limit}MiB" --device file: \
+    by_uhmm=$(TMPDIR=$directory timed "$work/by-uhmm" "$uhmm" run --quiet --ram "${ram}MiB" --device file: \
         --stats "$work/stats.json" -- "${command[@]}") || fail "$name failed under uhmm run"
     cmp -s "$work/by-swap" "$work/by-uhmm" || fail "$name printed something else under uhmm run"
     uhmm_peak=$(field peak_resident_bytes "$work/stats.json")
     [ -n "$uhmm_peak" ] || fail "no peak_resident_bytes in the statistics of uhmm run"
     uhmm_peak=$((uhmm_peak >> 10))
     ratio=$(awk -v a="$by_swap" -v b="$by_uhmm" 'BEGIN { printf "%.2f", a / (b > 0 ? b : 0.01) }')
-    table "$name" "$limit" "$by_swap" "$by_uhmm" "$swap_peak" "$uhmm_peak" "$ratio"
+    table "$name" "$ram" "$by_swap" "$by_uhmm" "$swap_peak" "$uhmm_peak" "$ratio"
     results+=("$(printf '{"program": "%s", "ram_mib": %d, "swap_seconds": %s, "uhmm_seconds": %s, "swap_peak_kib": %d, "uhmm_peak_kib": %d, "ratio": %s}' \
-        "$name" "$limit" "$by_swap" "$by_uhmm" "$swap_peak" "$uhmm_peak" "$ratio")")
+        "$name" "$ram" "$by_swap" "$by_uhmm" "$swap_peak" "$uhmm_peak" "$ratio")")
 }
 
 table program ram/MiB swap/s uhmm/s swap-KiB uhmm-KiB ratio
-if [ "$program" = all ]; then
-    compare sort
-    compare python
+if [ ${#chosen[@]} -eq 0 ]; then
+    for name in $programs; do
+        if command_of "$name"; then compare "$name"; else echo "run.sh: $name is not installed; left out" >&2; fi
+    done
 else
-    compare "$program"
+    for name in "${chosen[@]}"; do
+        command_of "$name" || fail "$name is not installed"
+        compare "$name"
+    done
 fi
 if [ $json = yes ]; then
     (IFS=, && printf '[%s]\n' "${results[*]}")

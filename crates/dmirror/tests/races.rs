@@ -244,7 +244,10 @@ fn releases_beside_migrations(setup: Setup) {
         });
         let mover = scope.spawn(|| {
             let mut there = 0;
-            while !over.load(Ordering::Relaxed) {
+            // Once more when it is over, however late this thread begins.
+            let mut last = false;
+            while !last {
+                last = over.load(Ordering::Relaxed);
                 let part = part(range, there % 32, 16);
                 assert!(matches!(to_device(&handle, part), Ok(_) | Err(Error::NotThere)));
                 there += 1;

@@ -213,15 +213,15 @@ impl MirrorTable for Table {
 }
 
 /// Populates a mirror of `range` again and again, until `over`. Once the memory is `gone` the table is told, a moment
-/// after, and nothing is ever put into it again. Returns how often it was put in.
-fn populate_until(space: &Space, range: VaRange, over: &AtomicBool, gone: &AtomicBool) -> usize {
-    let Ok(mirror) = space.mirror(range, Table::default()) else { return 0 };
-    let (mut successes, mut told) = (0, false);
+/// after, and nothing is ever put into it again. Counts how often it was put in.
+fn populate_until(space: &Space, range: VaRange, over: &AtomicBool, gone: &AtomicBool, whole: &AtomicUsize) {
+    let Ok(mirror) = space.mirror(range, Table::default()) else { return };
+    let mut told = false;
     let valid = || mirror.look(|table| table.0.values().filter(|view| view.is_valid()).count());
     loop {
         let last = over.load(Ordering::Acquire);
         match mirror.populate(range, Want::Write, |table, pages| table.0.extend(pages.iter())) {
-            Ok(()) => successes += 1,
+            Ok(()) => _ = whole.fetch_add(1, Ordering::Relaxed),
             Err(RangeFaultError::Fault(_) | RangeFaultError::TimedOut(_)) => {}
             Err(error) => panic!("{error}"),
         }
@@ -232,14 +232,14 @@ fn populate_until(space: &Space, range: VaRange, over: &AtomicBool, gone: &Atomi
             told = true;
         }
         if last && told {
-            return successes;
+            return;
         }
     }
 }
 
 fn populating_races_the_end_of_an_adoption(setup: Setup) {
     let space = setup.space(ByteSize::mib(4));
-    let mut successes = 0;
+    let whole = AtomicUsize::new(0);
     for round in 0..30 {
         let mut memory = Memory::new(PAGES);
         fill(memory.words_mut(0, PAGES), round);
@@ -247,16 +247,20 @@ fn populating_races_the_end_of_an_adoption(setup: Setup) {
         let (range, over, gone) = (memory.range(), AtomicBool::new(false), AtomicBool::new(false));
         let _ = space.migrate(part(range, 0, PAGES / 2)).unwrap();
         thread::scope(|scope| {
-            let collector = scope.spawn(|| populate_until(&space, range, &over, &gone));
+            let collector = scope.spawn(|| populate_until(&space, range, &over, &gone, &whole));
             (0..round * 2000).for_each(|_| std::hint::spin_loop());
+            // However late the collectors began, one of them has had it all.
+            while round == 29 && whole.load(Ordering::Relaxed) == 0 && !collector.is_finished() {
+                thread::yield_now();
+            }
             drop(adopted);
             gone.store(true, Ordering::Release);
             over.store(true, Ordering::Release);
-            successes += collector.join().unwrap();
+            collector.join().unwrap();
         });
         check(memory.words(0, PAGES), round);
     }
-    assert!(successes > 0, "no table was ever whole");
+    assert!(whole.into_inner() > 0, "no table was ever whole");
     assert_eq!(space.device_pages(0), Some(PageCount::ZERO));
 }
 
@@ -270,7 +274,7 @@ fn populating_races_unmapping(setup: Setup) {
         let _ = space.migrate(part(range, 0, PAGES / 2)).unwrap();
         let half = part(range, PAGES / 4, PAGES / 2);
         thread::scope(|scope| {
-            scope.spawn(|| populate_until(&space, half, &over, &gone));
+            scope.spawn(|| populate_until(&space, half, &over, &gone, &AtomicUsize::new(0)));
             (0..round * 2000).for_each(|_| std::hint::spin_loop());
             // The event is read before the call returns.
             memory.unmap(PAGES / 4, PAGES / 2);
