@@ -3,31 +3,28 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
+. "$here/programs.sh"
 uhmm=${UHMM:-$here/../../target/release/uhmm}
 limit=
 swap_size=4096
 directory=${TMPDIR:-/var/tmp}
 json=no
-programs='sort dict bytes sqlite xz node threads'
+rounds=1
 chosen=()
 
 usage() {
     cat <<TEXT
-Usage: run.sh [--ram MIB] [--swap MIB] [--dir DIRECTORY] [--json] [PROGRAM.. | -- COMMAND ARGS..]
+Usage: run.sh [--ram MIB] [--swap MIB] [--dir DIRECTORY] [--rounds N] [--json] [PROGRAM.. | -- COMMAND ARGS..]
 
   PROGRAM     $programs (default: all that are installed)
   --ram MIB   memory for the program (default: half of the most that it has by itself)
   --swap MIB  size of the swap file (default: $swap_size)
   --dir DIR   where the swap file and uhmm's file lie; the same disk for both (default: $directory)
+  --rounds N  so often each, and the median of the times (default: $rounds)
   --json      an array of {program, ram_mib, swap_seconds, uhmm_seconds, swap_peak_kib, uhmm_peak_kib, ratio}
 
 UHMM names the uhmm command (default: target/release/uhmm of this checkout). Needs root.
 TEXT
-}
-
-fail() {
-    echo "run.sh: $*" >&2
-    exit 1
 }
 
 own=()
@@ -36,6 +33,7 @@ while [ $# -gt 0 ]; do
         --ram) limit=$2; shift 2 ;;
         --swap) swap_size=$2; shift 2 ;;
         --dir) directory=$2; shift 2 ;;
+        --rounds) rounds=$2; shift 2 ;;
         --json) json=yes; shift ;;
         --help | -h) usage; exit 0 ;;
         --) shift; chosen=(own); own=("$@"); break ;;
@@ -47,6 +45,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ ${limit:-1} =~ ^[1-9][0-9]*$ && $swap_size =~ ^[1-9][0-9]*$ ]] || fail "sizes are whole numbers of MiB"
+[[ $rounds =~ ^[1-9][0-9]*$ ]] || fail "--rounds is a whole number, not $rounds"
 [ "${chosen[*]}" != own ] || [ ${#own[@]} -gt 0 ] || fail "no command behind --"
 [ "$(id -u)" = 0 ] || fail "a memory limit and a swap file need root"
 [ -x "$uhmm" ] || fail "$uhmm is not there; build it (cargo build --release) or set UHMM"
@@ -125,51 +124,7 @@ mkswap "$swap" >/dev/null
 swapon "$swap" || fail "$directory cannot hold a swap file; choose another one with --dir"
 work=$(mktemp -d "$directory/uhmm-peers.XXXXXX")
 
-# --- the programs ----------------------------------------------------------------------------------------------
-
-# What runs as $1, in "${command[@]}"; an error if this machine does not have it.
-command_of() {
-    case $1 in
-        sort)
-            [ -f "$work/numbers" ] || seq 3000000 >"$work/numbers"
-            command=(sort -r -S 1G -T "$work" "$work/numbers")
-            ;;
-        dict) command=(python3 "$here/programs/dict.py") ;;
-        bytes) command=(python3 "$here/programs/bytes.py") ;;
-        sqlite) command=(sqlite3 -batch :memory: ".read $here/programs/index.sql") ;;
-        xz)
-            [ -f "$work/text" ] || seq -f '%.0f cold pages come back when touched' 100000 >"$work/text"
-            command=(xz -6 --threads=1 --stdout "$work/text")
-            ;;
-        node) command=(node "$here/programs/buffers.js") ;;
-        threads)
-            [ -x "$work/threads" ] || rustc --edition 2024 -O -o "$work/threads" "$here/programs/threads.rs" || return 1
-            command=("$work/threads")
-            ;;
-        own) command=("${own[@]}") ;;
-    esac
-    command -v "${command[0]}" >/dev/null
-}
-
-# The most that "$@" has resident by itself, in MiB.
-natural() {
-    python3 - "$@" <<'PYTHON'
-import resource, subprocess, sys
-
-subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
-PYTHON
-}
-
-# Seconds that "$@" took, by the clock; its output goes to the file $1.
-timed() {
-    local output=$1 start end
-    shift
-    start=$(date +%s.%N)
-    "$@" >"$output" || return 1
-    end=$(date +%s.%N)
-    awk -v a="$start" -v b="$end" 'BEGIN { printf "%.2f", b - a }'
-}
+# --- the comparison --------------------------------------------------------------------------------------------
 
 in_group() {
     (echo $BASHPID >"$group/cgroup.procs" && exec "$@")
@@ -191,12 +146,19 @@ compare() {
     killed=$(oom_kills)
     reset_peak
     set_limit "$ram"
-    by_swap=$(timed "$work/by-swap" in_group "${command[@]}") || fail "$name failed on kernel swap"
-    [ "$(oom_kills)" = "$killed" ] || fail "$name was killed for want of memory: a larger --swap or --ram is needed"
+    local swap_times=() uhmm_times=()
+    for _ in $(seq "$rounds"); do
+        by_swap=$(timed "$work/by-swap" in_group "${command[@]}") || fail "$name failed on kernel swap"
+        [ "$(oom_kills)" = "$killed" ] || fail "$name was killed for want of memory: a larger --swap or --ram is needed"
+        by_uhmm=$(TMPDIR=$directory timed "$work/by-uhmm" "$uhmm" run --quiet --ram "${ram}MiB" --device file: \
+            --stats "$work/stats.json" -- "${command[@]}") || fail "$name failed under uhmm run"
+        cmp -s "$work/by-swap" "$work/by-uhmm" || fail "$name printed something else under uhmm run"
+        swap_times+=("$by_swap")
+        uhmm_times+=("$by_uhmm")
+    done
+    by_swap=$(median "${swap_times[@]}")
+    by_uhmm=$(median "${uhmm_times[@]}")
     swap_peak=$(peak)
-    by_uhmm=$(TMPDIR=$directory timed "$work/by-uhmm" "$uhmm" run --quiet --ram "${ram}MiB" --device file: \
-        --stats "$work/stats.json" -- "${command[@]}") || fail "$name failed under uhmm run"
-    cmp -s "$work/by-swap" "$work/by-uhmm" || fail "$name printed something else under uhmm run"
     uhmm_peak=$(field peak_resident_bytes "$work/stats.json")
     [ -n "$uhmm_peak" ] || fail "no peak_resident_bytes in the statistics of uhmm run"
     uhmm_peak=$((uhmm_peak >> 10))
