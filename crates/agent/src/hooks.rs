@@ -7,10 +7,11 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::mem;
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use uhmm::tree::protocol::ENV_SOCKET;
 use uhmm_addr::{VaRange, VirtAddr};
+use uhmm_sys::symbol::Next;
 
 use crate::process::{Agent, THREADS};
 use crate::{fork, start};
@@ -19,32 +20,8 @@ use crate::{fork, start};
 #[unsafe(link_section = ".init_array")]
 static CONSTRUCTOR: extern "C" fn() = constructor;
 
-/// The C library's own function of a name, looked up once.
-struct Real {
-    name: &'static CStr,
-    function: AtomicPtr<c_void>,
-}
-
-impl Real {
-    const fn new(name: &'static CStr) -> Self {
-        Self { name, function: AtomicPtr::new(std::ptr::null_mut()) }
-    }
-
-    fn get(&self) -> *mut c_void {
-        let known = self.function.load(Ordering::Relaxed);
-        if !known.is_null() {
-            return known;
-        }
-        // SAFETY: the name is a string; the next definition after ours is the C library's.
-        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
-        assert!(!found.is_null(), "the C library lacks a function that every C library has");
-        self.function.store(found, Ordering::Relaxed);
-        found
-    }
-}
-
-static PTHREAD_CREATE: Real = Real::new(c"pthread_create");
-static MADVISE: Real = Real::new(c"madvise");
+static PTHREAD_CREATE: Next = Next::new(c"pthread_create");
+static MADVISE: Next = Next::new(c"madvise");
 /// 1 + the key whose destructor forgets a thread; 0 for none.
 static THREAD_KEY: AtomicU32 = AtomicU32::new(0);
 

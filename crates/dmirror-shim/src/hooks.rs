@@ -6,10 +6,10 @@
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
 use uhmm::{Space, VaRange, VirtAddr};
 use uhmm_dmirror::Node;
+use uhmm_sys::symbol::Next;
 
 use crate::command::{self, Errno};
 use crate::files::{File, State};
@@ -40,30 +40,6 @@ extern "C" fn constructor() {
 
 extern "C" fn child() {
     State::forget();
-}
-
-/// The C library's own function of a name, looked up once.
-struct Real {
-    name: &'static CStr,
-    function: AtomicPtr<c_void>,
-}
-
-impl Real {
-    const fn new(name: &'static CStr) -> Self {
-        Self { name, function: AtomicPtr::new(std::ptr::null_mut()) }
-    }
-
-    fn get(&self) -> *mut c_void {
-        let known = self.function.load(Ordering::Relaxed);
-        if !known.is_null() {
-            return known;
-        }
-        // SAFETY: the name is a string; the next definition after ours is the C library's.
-        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
-        assert!(!found.is_null(), "the C library lacks a function that every C library has");
-        self.function.store(found, Ordering::Relaxed);
-        found
-    }
 }
 
 /// What a function of ours answers: a result, or -1 and an error number.
@@ -110,8 +86,8 @@ fn open_file(node: Option<Node>, flags: c_int) -> Result<c_int, Errno> {
 
 macro_rules! opens {
     ($($function:ident $real:ident $name:literal, $at_function:ident $at_real:ident $at_name:literal);* $(;)?) => { $(
-        static $real: Real = Real::new($name);
-        static $at_real: Real = Real::new($at_name);
+        static $real: Next = Next::new($name);
+        static $at_real: Next = Next::new($at_name);
 
         /// As the C library's; the mode is there, and looked at, where the flags say so.
         ///
@@ -161,8 +137,8 @@ opens! {
 
 // --- what is done with a file ----------------------------------------------------------------------------------
 
-static CLOSE: Real = Real::new(c"close");
-static IOCTL: Real = Real::new(c"ioctl");
+static CLOSE: Next = Next::new(c"close");
+static IOCTL: Next = Next::new(c"ioctl");
 
 /// As the C library's.
 ///
@@ -203,7 +179,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
 
 macro_rules! maps {
     ($($function:ident $real:ident $name:literal),* $(,)?) => { $(
-        static $real: Real = Real::new($name);
+        static $real: Next = Next::new($name);
 
         /// As the C library's.
         ///
@@ -244,10 +220,10 @@ maps!(mmap MMAP c"mmap", mmap64 MMAP64 c"mmap64");
 
 // --- what nobody else tells of ---------------------------------------------------------------------------------
 
-static MPROTECT: Real = Real::new(c"mprotect");
-static MADVISE: Real = Real::new(c"madvise");
-static MUNMAP: Real = Real::new(c"munmap");
-static MREMAP: Real = Real::new(c"mremap");
+static MPROTECT: Next = Next::new(c"mprotect");
+static MADVISE: Next = Next::new(c"madvise");
+static MUNMAP: Next = Next::new(c"munmap");
+static MREMAP: Next = Next::new(c"mremap");
 
 /// Has `change` change mappings, when the machine, if there is one, is not about to.
 fn remapping<R>(change: impl FnOnce() -> R) -> R {

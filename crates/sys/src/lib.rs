@@ -3,7 +3,7 @@
 //! What     userfaultfd ([`uffd`], [`host`]), what is present and permitted ([`scan`], [`rights`], [`maps`],
 //!          [`smaps`], [`meter`]), memory of our own ([`mapping`], [`memfd`], [`node`]), frames that outlive their
 //!          mapping ([`held`]), files that several use ([`filelock`], [`watch`]) or that are mapped directly ([`dax`]),
-//!          threads, signals and sockets, [`vfio`], and [`probe`], which asks the running kernel once what it can do.
+//!          threads, signals and sockets, functions behind ours ([`symbol`]), [`vfio`], and [`probe`], which asks the running kernel once what it can do.
 //! Needs    Linux 5.7 for write-protection, 6.7 for `PAGEMAP_SCAN`, 6.8 for `UFFDIO_MOVE`; what is missing
 //!          is found by [`probe`] and by outcome, never assumed from a version number.
 //! Never    keeps page states, decides policy, or retries on its own: each outcome is decoded once and
@@ -36,6 +36,7 @@ pub mod signals;
 pub mod smaps;
 pub mod socket;
 pub mod stack;
+pub mod symbol;
 pub mod thread;
 mod uapi;
 pub mod uffd;
