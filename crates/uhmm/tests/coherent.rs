@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::child::{expect_well, fork};
 use common::{
     Memory, PAGE, Random, Setup, WORDS, check, eventually, fill, in_process, memory, name_of, part, settle,
     word,
@@ -419,15 +420,11 @@ fn fork_with_pages_in_place(setup: Setup) {
         assert_eq!(space.migrate_to(part(buffer.range(), 0, 16), 0).unwrap().moved.get(), 16);
         let done = space.migration(buffer.range()).to(1).run().unwrap();
         assert_eq!(done.moved.get(), 48, "round {round}: {done:?}");
-        // SAFETY: the child touches memory and exits, by calls that are safe in a child of a threaded process.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
+        let child = fork(|| {
             let right = buffer.iter().enumerate().all(|(n, found)| *found == word(16, n));
             buffer.iter_mut().for_each(|word| *word = 1);
-            let kept = buffer.iter().all(|word| *word == 1);
-            // SAFETY: ends the child without running anything of the parent's.
-            unsafe { libc::_exit(i32::from(!right || !kept)) };
-        }
+            right && buffer.iter().all(|word| *word == 1)
+        });
         // Beside the child: its frames are nobody's device's.
         check(&buffer, 16);
         buffer[0] = word(16, 0);
@@ -436,10 +433,7 @@ fn fork_with_pages_in_place(setup: Setup) {
         let done = space.migration(other.range()).to(1).run().unwrap();
         assert_eq!(done.holes.get(), 64);
         fill(&mut other, 17);
-        let mut status = 0;
-        // SAFETY: the status is this frame's.
-        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-        assert_eq!(status, 0, "round {round}: the child saw other bytes");
+        expect_well(child);
         check(&buffer, 16);
         check(&other, 17);
         assert_eq!(space.recall(buffer.range(), 1).unwrap().skipped.total(), 0);

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::child::{expect_well, fork};
 use common::{PAGE, Random, Setup, WORDS, eventually, in_process, name_of, part, settle, word};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags};
 use uhmm::space::{DetachError, Detached, MapError, MappingKind};
@@ -445,28 +446,6 @@ fn mappings_that_move_and_go(setup: Setup) {
     let _ = space.migrate(to.range).unwrap().moved;
     drop(to);
     eventually(|| space.device_pages(0) == Some(PageCount::ZERO));
-}
-
-/// Forks; the child calls `case`, with no other thread and no allocation, and exits by its answer.
-fn fork(case: impl FnOnce() -> bool) -> libc::pid_t {
-    // SAFETY: the child touches memory and exits.
-    match unsafe { libc::fork() } {
-        -1 => panic!("fork failed"),
-        // SAFETY: a child that hangs ends by this; it exits without running anything of the parent's.
-        0 => unsafe {
-            libc::alarm(30);
-            libc::_exit(i32::from(!case()));
-        },
-        child => child,
-    }
-}
-
-#[track_caller]
-fn expect_well(child: libc::pid_t) {
-    let mut status = 0;
-    // SAFETY: the status is this frame's.
-    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-    assert_eq!(status, 0, "the child ended by signal {} or with {}", status & 0x7f, status >> 8);
 }
 
 fn a_child_has_the_pages(setup: Setup) {

@@ -5,6 +5,7 @@ mod common;
 use std::sync::{Mutex, PoisonError};
 
 use common::Setup;
+use common::child::{expect_well, fork};
 use uhmm::{ByteSize, PageCount};
 
 with_engine!(Signal, signal_move, signal_fallback: a_child_has_the_parents_bytes);
@@ -23,18 +24,12 @@ fn a_child_has_the_parents_bytes(setup: Setup) {
     for round in 0..10 {
         let done = space.migrate(buffer.range()).unwrap();
         assert!(done.moved > PageCount::ZERO, "round {round}: {:?}", done.skipped);
-        // SAFETY: the child touches memory and exits, by calls that are safe in a child of a threaded process.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
+        let child = fork(|| {
             let right = buffer.iter().enumerate().all(|(n, word)| *word == n as u64 * 3 + 1);
             buffer[0] = 99;
-            // SAFETY: ends the child without running anything of the parent's.
-            unsafe { libc::_exit(i32::from(!right || buffer[0] != 99)) };
-        }
-        let mut status = 0;
-        // SAFETY: the status is this frame's.
-        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-        assert_eq!(status, 0, "round {round}: the child saw other bytes");
+            right && buffer[0] == 99
+        });
+        expect_well(child);
         assert_eq!(buffer[0], 1, "the child's store reached the parent");
     }
     assert!(space.migrate(buffer.range()).unwrap().moved > PageCount::ZERO, "the space goes on after a fork");

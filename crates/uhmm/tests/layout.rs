@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::child::{expect_well, fork};
 use common::{Memory, PAGE, Setup, WORDS, check, eventually, fill, in_process, name_of, part, settle, word};
 use rustix::mm::{Advice, MprotectFlags, MremapFlags, mremap_fixed};
 use uhmm::{ByteSize, Counter, PageCount, Skip, Space};
@@ -291,30 +292,6 @@ fn read_only_pages_leave_and_come_back(setup: Setup) {
 /// Whether the words hold a pattern. For children, which must not panic.
 fn holds(words: &[u64], seed: u64) -> bool {
     words.iter().enumerate().all(|(at, found)| *found == word(seed, at))
-}
-
-/// Forks; the child calls `case`, with no other thread and no allocation, and exits by its answer.
-fn fork(case: impl FnOnce() -> bool) -> libc::pid_t {
-    // SAFETY: the child does nothing that needs another thread: it touches memory and exits.
-    match unsafe { libc::fork() } {
-        -1 => panic!("fork failed"),
-        0 => {
-            // SAFETY: a child that hangs ends by this; it exits without running anything of the parent's.
-            unsafe {
-                libc::alarm(30);
-                libc::_exit(i32::from(!case()));
-            }
-        }
-        child => child,
-    }
-}
-
-#[track_caller]
-fn expect_well(child: libc::pid_t) {
-    let mut status = 0;
-    // SAFETY: the status is this frame's.
-    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-    assert_eq!(status, 0, "the child ended by signal {} or with {}", status & 0x7f, status >> 8);
 }
 
 fn a_child_has_its_own_copy(setup: Setup) {

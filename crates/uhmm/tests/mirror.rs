@@ -3,11 +3,11 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::deaf::Deaf;
 use common::{
     Memory, PAGE, Setup, WORDS, check, check_from, eventually, expect_places, fill, memory, part, settle,
 };
@@ -17,11 +17,7 @@ use uhmm::mirror::{
     Unusable, Want,
 };
 use uhmm::notifier::Event;
-use uhmm::{
-    ByteSize, Device, Engine, Geometry, MemDevice, MemoryType, PageCount, Transfer, TransferError, VaRange,
-    Vpn,
-};
-use uhmm_core::device::DevicePage;
+use uhmm::{ByteSize, Engine, Geometry, PageCount, VaRange, Vpn};
 
 scenarios!(
     a_snapshot_tells_places_apart,
@@ -512,51 +508,15 @@ fn changes_without_end(setup: Setup) {
     drop(adopted);
 }
 
-/// A device whose pages can be written, and not read any more when it is told so.
-struct Forgetful {
-    memory: Arc<MemDevice>,
-    gone: AtomicBool,
-}
-
-impl Device for Forgetful {
-    fn name(&self) -> &str {
-        "forgetful"
-    }
-
-    fn memory_type(&self) -> MemoryType {
-        MemoryType::Private
-    }
-
-    fn capacity(&self) -> PageCount {
-        self.memory.capacity()
-    }
-
-    fn read(&self, batch: &mut [Transfer]) {
-        if self.gone.load(Ordering::Relaxed) {
-            batch.iter_mut().for_each(|transfer| transfer.fail(TransferError::Gone));
-        } else {
-            self.memory.read(batch);
-        }
-    }
-
-    fn write(&self, batch: &mut [Transfer]) {
-        self.memory.write(batch);
-    }
-
-    fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
-        self.memory.discard(page, pages)
-    }
-}
-
 fn a_lost_page_is_told_by_its_address(setup: Setup) {
-    let device = Arc::new(Forgetful { memory: memory(ByteSize::mib(4)), gone: AtomicBool::new(false) });
+    let device = Deaf::new(memory(ByteSize::mib(4)));
     let space = setup.with(device.clone());
     let mut buffer = space.map::<u64>(PAGES * PAGE / 8).unwrap();
     fill(&mut buffer, 15);
     let range = buffer.range();
     let lost = part(range, 7, 1);
     assert_eq!(space.migrate(lost).unwrap().moved, PageCount::ONE);
-    device.gone.store(true, Ordering::Relaxed);
+    device.set(true);
     let mirror = space.mirror(range, Table::default()).unwrap();
     for _ in 0..2 {
         let outcome = mirror.populate(range, Want::Read, Table::install);

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::deaf::Deaf;
 use common::{Memory, Random, Setup, WORDS, check, check_from, eventually, fill, memory, part, settle};
 use uhmm::mirror::{MirrorTable, PageView, RangeFaultError, Want};
 use uhmm::notifier::Event;
 use uhmm::space::{DrainError, MigrateError};
-use uhmm::{ByteSize, Device, MemDevice, MemoryType, PageCount, PinFor, Skip, Space, Transfer, VaRange, Vpn};
-use uhmm_core::device::{DevicePage, TransferError};
+use uhmm::{ByteSize, MemDevice, PageCount, PinFor, Skip, Space, VaRange, Vpn};
 
 scenarios!(
     a_device_is_emptied_while_pages_move_to_it,
@@ -108,49 +108,13 @@ fn a_drained_device_stays_empty(setup: Setup) {
     assert!(matches!(space.drain(2, Duration::ZERO), Err(DrainError::Migrate(MigrateError::NoDevice(2)))));
 }
 
-/// A device that reads nothing when it is told so.
-struct Deaf {
-    memory: Arc<MemDevice>,
-    deaf: AtomicBool,
-}
-
-impl Device for Deaf {
-    fn name(&self) -> &str {
-        "deaf"
-    }
-
-    fn memory_type(&self) -> MemoryType {
-        self.memory.memory_type()
-    }
-
-    fn capacity(&self) -> PageCount {
-        self.memory.capacity()
-    }
-
-    fn read(&self, batch: &mut [Transfer]) {
-        if self.deaf.load(Ordering::Acquire) {
-            batch.iter_mut().for_each(|transfer| transfer.fail(TransferError::Io(5)));
-        } else {
-            self.memory.read(batch);
-        }
-    }
-
-    fn write(&self, batch: &mut [Transfer]) {
-        self.memory.write(batch);
-    }
-
-    fn discard(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
-        self.memory.discard(page, pages)
-    }
-}
-
 fn a_device_that_loses_pages_is_not_empty(setup: Setup) {
-    let device = Arc::new(Deaf { memory: memory(ByteSize::mib(4)), deaf: AtomicBool::new(false) });
+    let device = Deaf::new(memory(ByteSize::mib(4)));
     let space = setup.with(device.clone());
     let mut buffer = space.map::<u64>(PAGES * WORDS).unwrap();
     fill(&mut buffer, 3);
     assert_eq!(space.migrate(buffer.range()).unwrap().moved, ALL);
-    device.deaf.store(true, Ordering::Release);
+    device.set(true);
     let (start, patience) = (Instant::now(), Duration::from_millis(50));
     let Err(DrainError::InUse(why)) = space.drain(0, patience) else {
         panic!("a device that gives nothing back was emptied")
@@ -158,7 +122,7 @@ fn a_device_that_loses_pages_is_not_empty(setup: Setup) {
     assert!(start.elapsed() >= patience);
     assert_eq!((why.left, why.skipped.get(Skip::Failed), why.holders.len()), (ALL, PAGES as u64, 0));
     // Nothing was given up, and everything goes on.
-    device.deaf.store(false, Ordering::Release);
+    device.set(false);
     check(&buffer, 3);
     settle(&space, buffer.range());
     assert_eq!(space.migrate(buffer.range()).unwrap().moved, ALL, "it is open again");

@@ -5,6 +5,9 @@
 //! `UHMM_REQUIRE_UFFD=1` is set: then it fails.
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
+pub(crate) mod child;
+pub(crate) mod deaf;
+
 use std::env;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
