@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use uhmm_addr::{CHUNK_PAGES, DmaAddr, PageCount, VaRange, VirtAddr, Vpn};
 use uhmm_core::dma::{DmaError, DmaTable, Identity, Iommu, IommuError};
-use uhmm_core::mirror::{Mirror, Patience, RangeFaultError, Retry, Segment};
+use uhmm_core::mirror::{Mirror, RangeFaultError, Segment};
 use uhmm_core::mm::Mm;
 use uhmm_core::notifier::{Change, Event};
-use uhmm_testdev::sim_host::{Bed, Setup, SimHost, deliver, page_at, pages_at};
+use uhmm_testdev::sim_host::{Attempts, Bed, Setup, SimHost, deliver, page_at, pages_at};
 
 /// As VFIO: pages are pinned while they are mapped, runs are unmapped as they were mapped, and there is a limit.
 #[derive(Clone)]
@@ -60,21 +60,6 @@ impl Iommu for Shared {
     }
 }
 
-/// So many more attempts, each with a chance for events to be read.
-struct Attempts<'a>(&'a Arc<Mm<SimHost>>, u32);
-
-impl Patience for Attempts<'_> {
-    fn begin(&mut self) {
-        self.1 = 10;
-    }
-
-    fn again(&mut self, _why: Retry) -> bool {
-        deliver(self.0);
-        self.1 -= 1;
-        self.1 > 0
-    }
-}
-
 type DmaMirror<'m, I> = Mirror<'m, SimHost, DmaTable<I>>;
 
 fn map<I: Iommu>(
@@ -85,7 +70,7 @@ fn map<I: Iommu>(
     write: bool,
 ) -> Result<(), DmaError> {
     let mut room = [Segment::UNUSED; CHUNK_PAGES];
-    let (range, patience) = (pages_at(first, pages), &mut Attempts(&bed.mm, 0));
+    let (range, patience) = (pages_at(first, pages), &mut Attempts::new(&bed.mm, 10));
     bed.program.with_scratch(|scratch| mirror.dma_map(range, write, &mut room, scratch, patience))
 }
 
@@ -98,15 +83,9 @@ fn at(n: usize) -> DmaAddr {
     DmaAddr::new(WINDOW).offset(4096 * n + 24)
 }
 
-fn both_ways(scenario: impl Fn(Setup)) {
-    for can_move in [true, false] {
-        scenario(Setup { can_move, ..Setup::default() });
-    }
-}
-
 #[test]
 fn what_is_mapped_is_unmapped_before_it_moves() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 32);
         assert_eq!(bed.migrate(8, 8).moved.get(), 8);

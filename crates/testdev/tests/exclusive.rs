@@ -1,75 +1,25 @@
 //! Scenarios of exclusive pages on the simulated host: a device alone touches them, until somebody else does.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use uhmm_addr::{PageCount, VaRange, VirtAddr, Vpn};
+use uhmm_addr::{PageCount, VaRange, VirtAddr};
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
 use uhmm_core::mirror::{
-    Exclusive, Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Segment,
-    Terms, Want,
+    Exclusive, Mirror, PageView, Patience, RangeFaultError, Request, Retry, Segment, Terms, Want,
 };
 use uhmm_core::mm::Mm;
 use uhmm_core::notifier::{Change, Event, Mark, Owner, Subscriber, WouldBlock};
 use uhmm_core::pagetable::{PageWord, State};
 use uhmm_core::stats::Skip;
-use uhmm_testdev::sim_host::{Bed, Killed, Program, Setup, SimHost, deliver, page_at, pages_at};
+use uhmm_testdev::sim_host::{Attempts, Bed, Killed, Program, Setup, SimHost, Table, page_at, pages_at};
 
-/// Both ways of taking pages out.
-fn both_ways(scenario: impl Fn(Setup)) {
-    for can_move in [true, false] {
-        scenario(Setup { can_move, ..Setup::default() });
-    }
-}
-
-/// What a device would know.
-#[derive(Default)]
-struct Table {
-    entries: BTreeMap<Vpn, PageView>,
-    events: Vec<Event>,
-}
-
-impl MirrorTable for Table {
-    fn invalidate(&mut self, range: VaRange, event: Event) {
-        range.iter().for_each(|page| _ = self.entries.remove(&page));
-        self.events.push(event);
-    }
-}
-
-impl Table {
-    fn install(&mut self, pages: Pages<'_>) {
-        self.entries.extend(pages.iter().filter(|(_, view)| view.is_valid()));
-    }
-
-    fn frame(&self, n: usize) -> Option<VirtAddr> {
-        match self.entries.get(&page_at(n))? {
-            PageView::Exclusive { at } => Some(*at),
-            _ => None,
-        }
-    }
-}
-
-/// So many more attempts, each with a chance for events to be read.
-struct Attempts<'a> {
-    mm: &'a Arc<Mm<SimHost>>,
-    left: u32,
-}
-
-impl Patience for Attempts<'_> {
-    fn begin(&mut self) {
-        self.left = 10;
-    }
-
-    fn again(&mut self, why: Retry) -> bool {
-        match why {
-            Retry::Pending => deliver(self.mm),
-            Retry::Starved => self.mm.grant(PageCount::new(64)),
-            Retry::Changed | Retry::InFlight => {}
-        }
-        self.left = self.left.saturating_sub(1);
-        self.left > 0
+/// Where the device has page `n`, if it has it for itself.
+fn frame(table: &Table, n: usize) -> Option<VirtAddr> {
+    match table.entries.get(&page_at(n))? {
+        PageView::Exclusive { at } => Some(*at),
+        _ => None,
     }
 }
 
@@ -83,7 +33,7 @@ fn take_by(
     by: Option<Owner>,
 ) -> Result<Exclusive, RangeFaultError> {
     let (terms, room) = (Terms { since: mm.epoch(), by }, &mut [Segment::UNUSED; 7]);
-    let patience = &mut Attempts { mm, left: 0 };
+    let patience = &mut Attempts::new(mm, 10);
     program.with_scratch(|scratch| mirror.exclusive(range, &terms, room, scratch, patience, Table::install))
 }
 
@@ -104,7 +54,7 @@ fn take_all(bed: &Bed, mirror: &TableMirror<'_>, first: usize, pages: usize) {
 
 /// The device adds `add` to what page `n` says. `false` if it has it not.
 fn add(bed: &Bed, mirror: &TableMirror<'_>, n: usize, add: u64) -> bool {
-    mirror.look(|table| match table.frame(n) {
+    mirror.look(|table| match frame(table, n) {
         Some(at) => {
             bed.host().store_frame(at, bed.host().load_frame(at) + add);
             true
@@ -114,7 +64,7 @@ fn add(bed: &Bed, mirror: &TableMirror<'_>, n: usize, add: u64) -> bool {
 }
 
 fn held(mirror: &TableMirror<'_>, first: usize, pages: usize) -> usize {
-    mirror.look(|table| (first..first + pages).filter(|n| table.frame(*n).is_some()).count())
+    mirror.look(|table| (first..first + pages).filter(|n| frame(table, *n).is_some()).count())
 }
 
 fn snapshot(bed: &Bed, first: usize, pages: usize) -> Vec<PageView> {
@@ -125,7 +75,7 @@ fn snapshot(bed: &Bed, first: usize, pages: usize) -> Vec<PageView> {
 
 #[test]
 fn a_touch_takes_back_what_the_device_wrote() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 20);
         let mirror = bed.mm.mirror(pages_at(0, 20), Table::default());
@@ -152,7 +102,7 @@ fn a_touch_takes_back_what_the_device_wrote() {
 
 #[test]
 fn pages_come_from_wherever_they_are() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 12);
         // 0..4 on the device, 4..8 tracked, 8..12 in RAM, 12..16 never touched.
@@ -171,7 +121,7 @@ fn pages_come_from_wherever_they_are() {
 
 #[test]
 fn asked_for_once_more_a_page_stays_where_it_is() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -187,7 +137,7 @@ fn asked_for_once_more_a_page_stays_where_it_is() {
 
 #[test]
 fn of_two_devices_one_has_a_page() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let one = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -205,7 +155,7 @@ fn of_two_devices_one_has_a_page() {
 
 #[test]
 fn a_fault_of_another_mirror_is_a_touch_and_a_snapshot_is_none() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 4);
         let mirror = bed.mm.mirror(pages_at(0, 4), Table::default());
@@ -214,7 +164,7 @@ fn a_fault_of_another_mirror_is_a_touch_and_a_snapshot_is_none() {
         let mut views = [PageView::Absent; 4];
         mirror.snapshot(pages_at(0, 4), &Request::SNAPSHOT, &mut views).unwrap();
         assert_eq!((views, held(&mirror, 0, 4)), ([PageView::Absent; 4], 4));
-        let (request, patience) = (Request::all(Want::Read), &mut Attempts { mm: &bed.mm, left: 0 });
+        let (request, patience) = (Request::all(Want::Read), &mut Attempts::new(&bed.mm, 10));
         bed.program
             .with_scratch(|scratch| {
                 bed.mm.range_fault(pages_at(1, 2), &request, &mut views[..2], scratch, patience)
@@ -228,7 +178,7 @@ fn a_fault_of_another_mirror_is_a_touch_and_a_snapshot_is_none() {
 
 #[test]
 fn exclusive_mprotect() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -254,7 +204,7 @@ fn exclusive_mprotect() {
 
 #[test]
 fn exclusive_cow() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -284,7 +234,7 @@ fn exclusive_cow() {
 
 #[test]
 fn what_is_given_up_is_gone() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 12);
         let mirror = bed.mm.mirror(pages_at(0, 12), Table::default());
@@ -307,7 +257,7 @@ fn what_is_given_up_is_gone() {
 
 #[test]
 fn migrations_pass_over_what_is_lent() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -332,7 +282,7 @@ fn migrations_pass_over_what_is_lent() {
 
 #[test]
 fn pinned_pages_are_not_lent_and_a_pin_is_a_touch() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -364,7 +314,7 @@ fn pinned_pages_are_not_lent_and_a_pin_is_a_touch() {
 
 #[test]
 fn an_arena_that_is_full_lends_what_it_can() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { slots: 5, ..setup });
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -378,7 +328,7 @@ fn an_arena_that_is_full_lends_what_it_can() {
 
 #[test]
 fn whoever_is_short_of_memory_ends_loans() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mirror = bed.mm.mirror(pages_at(0, 8), Table::default());
@@ -457,7 +407,7 @@ impl Patience for Thief<'_> {
 
 #[test]
 fn a_page_that_is_touched_meanwhile_is_asked_for_again() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 3);
         let mirror = bed.mm.mirror(pages_at(0, 3), Table::default());
@@ -496,7 +446,7 @@ fn a_page_that_is_touched_meanwhile_is_asked_for_again() {
 
 #[test]
 fn pages_whose_mapping_changed_are_not_taken_on_old_terms() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 4);
         let terms = Terms { since: bed.mm.epoch(), by: None };
@@ -505,7 +455,7 @@ fn pages_whose_mapping_changed_are_not_taken_on_old_terms() {
         bed.host().map(pages_at(2, 2));
         bed.fill(2, 2);
         let mirror = bed.mm.mirror(pages_at(0, 4), Table::default());
-        let (room, patience) = (&mut [Segment::UNUSED; 2], &mut Attempts { mm: &bed.mm, left: 0 });
+        let (room, patience) = (&mut [Segment::UNUSED; 2], &mut Attempts::new(&bed.mm, 10));
         let done = bed.program.with_scratch(|scratch| {
             mirror.exclusive(pages_at(0, 4), &terms, room, scratch, patience, Table::install)
         });
@@ -587,7 +537,7 @@ impl Drop for Ending<'_> {
 fn devices_and_a_program_count_together() {
     // Each touch is a change of threads, for which a busy machine takes its time.
     const ROUNDS: u64 = 100;
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -600,7 +550,7 @@ fn devices_and_a_program_count_together() {
                     for round in 0.. {
                         let n = round % 4;
                         if mirror.look(|table| {
-                            let Some(at) = table.frame(n) else { return false };
+                            let Some(at) = frame(table, n) else { return false };
                             mm.host().store_frame(at, mm.host().load_frame(at) + 1);
                             true
                         }) {

@@ -11,10 +11,10 @@ use uhmm_core::device::{MemoryType, TransferError};
 use uhmm_core::frame::Slot;
 use uhmm_core::host::Stop;
 use uhmm_core::migrate::{Select, Sources};
-use uhmm_core::mirror::{MirrorTable, PageView, Patience, Retry, Segment, Terms};
+use uhmm_core::mirror::{MirrorTable, PageView, Segment, Terms};
 use uhmm_core::notifier::Event;
 use uhmm_core::stats::Skipped;
-use uhmm_testdev::sim_host::{Bed, Killed, Setup, deliver, page_at, pages_at};
+use uhmm_testdev::sim_host::{Attempts, Bed, Killed, Setup, page_at, pages_at};
 
 /// Pages that scripts use; as many behind them are where mappings move to.
 const PAGES: usize = 48;
@@ -67,28 +67,6 @@ struct Frames(BTreeMap<Vpn, VirtAddr>);
 impl MirrorTable for Frames {
     fn invalidate(&mut self, range: VaRange, _event: Event) {
         range.iter().for_each(|page| _ = self.0.remove(&page));
-    }
-}
-
-/// A few attempts, with events read and room made between them.
-struct Attempts<'a> {
-    bed: &'a Bed,
-    left: u32,
-}
-
-impl Patience for Attempts<'_> {
-    fn begin(&mut self) {
-        self.left = 4;
-    }
-
-    fn again(&mut self, why: Retry) -> bool {
-        match why {
-            Retry::Pending => deliver(&self.bed.mm),
-            Retry::Starved => self.bed.mm.grant(PageCount::new(64)),
-            Retry::Changed | Retry::InFlight => {}
-        }
-        self.left = self.left.saturating_sub(1);
-        self.left > 0
     }
 }
 
@@ -232,7 +210,7 @@ impl Script {
         let (bed, range) = (&self.bed, pages_at(n, pages));
         let mirror = bed.mm.mirror(range, Frames::default());
         let terms = Terms { since: bed.mm.epoch(), by: None };
-        let (room, patience) = (&mut [Segment::UNUSED; 5], &mut Attempts { bed, left: 0 });
+        let (room, patience) = (&mut [Segment::UNUSED; 5], &mut Attempts::new(&bed.mm, 4));
         let done = bed.program.with_scratch(|scratch| {
             mirror.exclusive(range, &terms, room, scratch, patience, |frames, pages| {
                 frames.0.extend(pages.iter().filter_map(|(page, view)| match view {

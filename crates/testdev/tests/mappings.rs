@@ -9,13 +9,6 @@ use uhmm_core::pagetable::{PageWord, State};
 use uhmm_core::stats::{Counter, Skip, Skipped};
 use uhmm_testdev::sim_host::{Bed, Program, Setup, SimHost, deliver, page_at, pages_at};
 
-/// Both ways of taking pages out.
-fn both_ways(scenario: impl Fn(Setup)) {
-    for can_move in [true, false] {
-        scenario(Setup { can_move, ..Setup::default() });
-    }
-}
-
 /// Pages on their way out: their bytes may be read by a device, a touch takes them back.
 fn isolate(bed: &Bed, first: usize, pages: usize) -> Isolated<'_, SimHost> {
     let mut skipped = Skipped::default();
@@ -37,7 +30,7 @@ fn assert_zeros(bed: &Bed, first: usize, pages: usize) {
 
 #[test]
 fn what_was_given_up_comes_back_as_zeros() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 12);
         // 0..4 on the device, 4..8 staged, 8..12 present.
@@ -57,7 +50,7 @@ fn what_was_given_up_comes_back_as_zeros() {
 
 #[test]
 fn what_is_given_up_on_its_way_out_comes_back_as_zeros() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         for unmap in [false, true] {
             let bed = Bed::new(setup);
             bed.fill(0, 8);
@@ -79,7 +72,7 @@ fn what_is_given_up_on_its_way_out_comes_back_as_zeros() {
 
 #[test]
 fn what_is_given_up_on_its_way_in_comes_back_as_zeros() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { window: (8, 8), ..setup });
         bed.fill(0, 8);
         assert_eq!(bed.migrate(0, 8).moved.get(), 8);
@@ -129,7 +122,7 @@ fn pages_whose_mapping_changed_are_not_moved_out_by_an_old_list() {
 
 #[test]
 fn unmap_frees_device_pages_and_slots() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 24);
         assert_eq!(bed.migrate(0, 16).moved.get(), 16);
@@ -145,7 +138,7 @@ fn unmap_frees_device_pages_and_slots() {
 
 #[test]
 fn mremap_carries_pages_along() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 16);
         // 0..4 on the device, 4..8 staged, 8..12 tracked, 12..16 present.
@@ -172,7 +165,7 @@ fn mremap_carries_pages_along() {
 
 #[test]
 fn mremap_of_pages_in_flight() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { window: (8, 8), ..setup });
         bed.fill(0, 16);
         assert_eq!(bed.migrate(0, 8).moved.get(), 8);
@@ -233,7 +226,7 @@ fn mappings_that_change_in_the_middle_of_the_fallback() {
 
 #[test]
 fn of_two_faulters_one_reads_and_the_other_waits() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 1);
         assert_eq!(bed.migrate(0, 1).moved.get(), 1);
@@ -251,7 +244,7 @@ fn of_two_faulters_one_reads_and_the_other_waits() {
 
 #[test]
 fn a_touch_between_isolation_and_commit_wins() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let mut skipped = Skipped::default();
@@ -270,7 +263,7 @@ fn a_touch_between_isolation_and_commit_wins() {
 
 #[test]
 fn many_threads_on_the_same_pages() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { window: (4, 16), track: true, ..setup });
         bed.fill(0, 32);
         let mm = bed.mm.clone();

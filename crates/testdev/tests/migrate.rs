@@ -10,13 +10,6 @@ use uhmm_core::pagetable::{PageWord, State};
 use uhmm_core::stats::{Counter, Skip, Skipped};
 use uhmm_testdev::sim_host::{Bed, Killed, Setup, deliver, page_at, pages_at};
 
-/// Both ways of taking pages out.
-fn both_ways(scenario: impl Fn(Setup)) {
-    for can_move in [true, false] {
-        scenario(Setup { can_move, ..Setup::default() });
-    }
-}
-
 /// Takes `pages` out and leaves them in their slots.
 fn stage(bed: &Bed, first: usize, pages: usize) -> Vec<uhmm_core::frame::Slot> {
     let mut skipped = Skipped::default();
@@ -33,7 +26,7 @@ fn stage(bed: &Bed, first: usize, pages: usize) -> Vec<uhmm_core::frame::Slot> {
 
 #[test]
 fn migrate() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 64);
         let result = bed.migrate(0, 64);
@@ -51,7 +44,7 @@ fn migrate() {
 
 #[test]
 fn migrate_fault() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 64);
         assert_eq!(bed.migrate(0, 64).moved.get(), 64);
@@ -70,7 +63,7 @@ fn migrate_fault() {
 
 #[test]
 fn migrate_release() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 96);
         assert_eq!(bed.migrate(0, 96).moved.get(), 96);
@@ -133,7 +126,7 @@ fn a_batch_across_mappings_moves_as_far_as_frames_can() {
 
 #[test]
 fn a_pinned_page_stays_pinned_when_it_comes_home() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         assert_eq!(bed.migrate(0, 4).moved.get(), 4);
@@ -181,7 +174,7 @@ fn cold_selection_passes_over_what_comes_back_at_once() {
 
 #[test]
 fn what_comes_back_soon_after_it_left_is_tried_less_often() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         let tries = |away: usize| {
@@ -202,7 +195,7 @@ fn what_comes_back_soon_after_it_left_is_tried_less_often() {
 
 #[test]
 fn a_touch_takes_a_staged_page_back_without_the_device() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 16);
         let slots = stage(&bed, 0, 16);
@@ -218,7 +211,7 @@ fn a_touch_takes_a_staged_page_back_without_the_device() {
 
 #[test]
 fn staged_then_written_then_touched() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 16);
         let slots = stage(&bed, 0, 16);
@@ -232,7 +225,7 @@ fn staged_then_written_then_touched() {
 
 #[test]
 fn write_back_that_fails_leaves_pages_staged() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         for (error, full) in [(TransferError::Full, 8), (TransferError::Io(5), 0)] {
             let bed = Bed::new(setup);
             bed.fill(0, 8);
@@ -251,7 +244,7 @@ fn write_back_that_fails_leaves_pages_staged() {
 
 #[test]
 fn a_slot_that_is_named_twice_is_sent_once() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 4);
         let mut slots = stage(&bed, 0, 4);
@@ -266,7 +259,7 @@ fn a_slot_that_is_named_twice_is_sent_once() {
 
 #[test]
 fn dropping_any_phase_puts_the_pages_back() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         for phase in 0..3 {
             let bed = Bed::new(setup);
             bed.fill(0, 8);
@@ -293,7 +286,7 @@ fn dropping_any_phase_puts_the_pages_back() {
 
 #[test]
 fn a_device_that_fills_half_way_takes_what_fits() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { device: 24, ..setup });
         bed.fill(0, 64);
         let result = bed.migrate(0, 64);
@@ -326,7 +319,7 @@ fn an_arena_without_slots_moves_nothing() {
 
 #[test]
 fn a_failed_read_poisons_only_the_page_that_was_touched() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { window: (8, 8), ..setup });
         bed.fill(0, 16);
         assert_eq!(bed.migrate(0, 16).moved.get(), 16);
@@ -352,7 +345,7 @@ fn a_failed_read_poisons_only_the_page_that_was_touched() {
 
 #[test]
 fn a_sequence_comes_home_in_windows() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { window: (1, 32), ..setup });
         bed.fill(0, 128);
         assert_eq!(bed.migrate(0, 128).moved.get(), 128);
@@ -366,7 +359,7 @@ fn a_sequence_comes_home_in_windows() {
 
 #[test]
 fn a_fault_that_meets_an_event_waits_for_it_to_be_read() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 4);
         assert_eq!(bed.migrate(0, 4).moved.get(), 4);

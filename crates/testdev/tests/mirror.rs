@@ -1,7 +1,5 @@
 //! Scenarios of mirrors on the simulated host: what pages are, how they are brought there, and what is never installed.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange, Vpn};
@@ -9,75 +7,18 @@ use uhmm_core::device::TransferError;
 use uhmm_core::host::Host;
 use uhmm_core::migrate::Select;
 use uhmm_core::mirror::{
-    Mirror, MirrorTable, PageView, Pages, Patience, RangeFaultError, Request, Retry, Segment, Unusable, Want,
+    Mirror, PageView, Pages, Patience, RangeFaultError, Request, Retry, Segment, Unusable, Want,
 };
-use uhmm_core::mm::Mm;
 use uhmm_core::notifier::{Change, Event, WouldBlock};
 use uhmm_core::pin::PinFor;
 use uhmm_core::stats::{Counter, Skipped};
-use uhmm_testdev::sim_host::{Bed, Program, Setup, SimHost, deliver, page_at, pages_at};
+use uhmm_testdev::sim_host::{Attempts, Bed, Program, Setup, SimHost, Table, deliver, page_at, pages_at};
 
 const RAM: PageView = PageView::Ram { write: true, order: Geometry::K4 };
 const READ_ONLY: PageView = PageView::Ram { write: false, order: Geometry::K4 };
 const ABSENT: PageView = PageView::Absent;
 const UNMAPPED: PageView = PageView::Error(Unusable::Unmapped);
 const POISONED: PageView = PageView::Error(Unusable::Poisoned);
-
-/// Both ways of taking pages out.
-fn both_ways(scenario: impl Fn(Setup)) {
-    for can_move in [true, false] {
-        scenario(Setup { can_move, ..Setup::default() });
-    }
-}
-
-/// What a device would know.
-#[derive(Default)]
-struct Table {
-    entries: BTreeMap<Vpn, PageView>,
-    events: Vec<Event>,
-}
-
-impl MirrorTable for Table {
-    fn invalidate(&mut self, range: VaRange, event: Event) {
-        range.iter().for_each(|page| _ = self.entries.remove(&page));
-        self.events.push(event);
-    }
-}
-
-impl Table {
-    fn install(&mut self, pages: Pages<'_>) {
-        self.entries.extend(pages.iter().filter(|(_, view)| view.is_valid()));
-    }
-}
-
-/// So many more attempts, each with a chance for events to be read.
-struct Attempts<'a> {
-    mm: &'a Arc<Mm<SimHost>>,
-    most: u32,
-    left: u32,
-}
-
-impl<'a> Attempts<'a> {
-    fn ten(mm: &'a Arc<Mm<SimHost>>) -> Self {
-        Self { mm, most: 10, left: 10 }
-    }
-}
-
-impl Patience for Attempts<'_> {
-    fn begin(&mut self) {
-        self.left = self.most;
-    }
-
-    fn again(&mut self, why: Retry) -> bool {
-        match why {
-            Retry::Pending => deliver(self.mm),
-            Retry::Starved => self.mm.grant(PageCount::new(64)),
-            Retry::Changed | Retry::InFlight => {}
-        }
-        self.left = self.left.saturating_sub(1);
-        self.left > 0
-    }
-}
 
 fn snapshot(bed: &Bed, first: usize, pages: usize) -> Vec<PageView> {
     let request = Request::SNAPSHOT.owning(&bed.pagemap);
@@ -93,7 +34,7 @@ fn fault(
     request: &Request<'_>,
 ) -> Result<Vec<PageView>, RangeFaultError> {
     let mut views = vec![ABSENT; pages];
-    let (range, patience) = (pages_at(first, pages), &mut Attempts::ten(&bed.mm));
+    let (range, patience) = (pages_at(first, pages), &mut Attempts::new(&bed.mm, 10));
     bed.program
         .with_scratch(|scratch| bed.mm.range_fault(range, request, &mut views, scratch, patience))
         .map(|()| views)
@@ -105,7 +46,7 @@ fn populate(
     range: VaRange,
     want: Want,
 ) -> Result<(), RangeFaultError> {
-    populate_by(&bed.program, mirror, range, want, &mut Attempts::ten(&bed.mm))
+    populate_by(&bed.program, mirror, range, want, &mut Attempts::new(&bed.mm, 10))
 }
 
 fn populate_by(
@@ -135,7 +76,7 @@ fn stage(bed: &Bed, first: usize, pages: usize) {
 
 #[test]
 fn a_snapshot_tells_places_apart_and_brings_nothing() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 10);
         // 0, 1 present; 2, 3 on the device; 4, 5 staged; 6, 7 tracked; 8 read-only; 9 unmapped; 30 a hole.
@@ -170,7 +111,7 @@ fn snapshot_without_owner(bed: &Bed) -> Vec<PageView> {
 
 #[test]
 fn what_is_asked_for_is_brought_from_wherever_it_is() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 40);
         assert_eq!(bed.migrate(10, 20).moved.get(), 20);
@@ -214,7 +155,7 @@ fn single_pages_are_asked_for_within_the_mask() {
 
 #[test]
 fn a_write_that_is_forbidden_touches_nothing() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         assert_eq!(bed.migrate(0, 8).moved.get(), 8);
@@ -265,7 +206,7 @@ fn a_huge_mapping_is_reported_whole_or_not_at_all() {
 
 #[test]
 fn batches_of_any_size() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { memory: 3 * CHUNK_PAGES, device: 4 * CHUNK_PAGES, ..setup });
         let pages = 2 * CHUNK_PAGES + 77;
         bed.fill(11, pages);
@@ -277,7 +218,7 @@ fn batches_of_any_size() {
             table.install(pages);
         };
         let request = Request::all(Want::Write);
-        let (room, patience) = (&mut [Segment::UNUSED; 5], &mut Attempts::ten(&bed.mm));
+        let (room, patience) = (&mut [Segment::UNUSED; 5], &mut Attempts::new(&bed.mm, 10));
         let range = pages_at(11, pages);
         bed.program
             .with_scratch(|scratch| mirror.populate(range, &request, room, scratch, patience, &mut install))
@@ -328,7 +269,7 @@ fn what_was_collected_before_a_change_is_not_installed() {
             Event::Protect,
         ),
     ];
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         for (change, event) in changes {
             let bed = Bed::new(setup);
             bed.fill(0, 8);
@@ -472,7 +413,7 @@ fn the_end_of_the_space_ends_populate() {
         let populating = scope.spawn(|| {
             let program = Program::new(mm.clone());
             loop {
-                let (range, patience) = (pages_at(0, 8), &mut Attempts::ten(mm));
+                let (range, patience) = (pages_at(0, 8), &mut Attempts::new(mm, 10));
                 if let Err(error) = populate_by(&program, mirror_of, range, Want::Read, patience) {
                     break error;
                 }
@@ -489,7 +430,7 @@ fn the_end_of_the_space_ends_populate() {
 
 #[test]
 fn a_mirror_beside_a_program_never_lies() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(Setup { track: true, ..setup });
         bed.fill(0, 32);
         let mirror = bed.mm.mirror(pages_at(0, 32), Table::default());
@@ -649,7 +590,7 @@ fn what_is_known_needs_no_look_and_is_forgotten_with_the_first_change() {
 
 #[test]
 fn a_mirror_that_knows_whole_chunks_never_lies_either() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let memory = 2 * CHUNK_PAGES;
         let bed = Bed::new(Setup { memory, device: 2 * memory, ..setup });
         bed.fill(0, memory);

@@ -7,13 +7,12 @@ use std::thread;
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange};
 use uhmm_core::device::MemoryType;
 use uhmm_core::migrate::Select;
-use uhmm_core::mirror::{PageView, Patience, Request, Retry, Want};
-use uhmm_core::mm::Mm;
+use uhmm_core::mirror::{PageView, Request, Want};
 use uhmm_core::pagemap::{
     PageError, Pagemap, PagemapOps, RegisterError, Registry, UnregisterError, release_pages,
 };
 use uhmm_core::sync::{AtomicU32, Park};
-use uhmm_testdev::sim_host::{Bed, Program, Setup, SimHost, deliver, page_at, pages_at};
+use uhmm_testdev::sim_host::{Attempts, Bed, Program, Setup, page_at, pages_at};
 
 struct Nap;
 
@@ -163,25 +162,6 @@ fn pages_are_given_to_one_at_a_time() {
     registry.unregister(&map, &mut |_| false).unwrap();
 }
 
-/// Looks again and again, for a while.
-struct Attempts<'a>(&'a Arc<Mm<SimHost>>, usize);
-
-impl Patience for Attempts<'_> {
-    fn begin(&mut self) {
-        self.1 = 100;
-    }
-
-    fn again(&mut self, why: Retry) -> bool {
-        match why {
-            Retry::Pending => deliver(self.0),
-            Retry::Starved => self.0.grant(PageCount::new(64)),
-            Retry::Changed | Retry::InFlight => thread::yield_now(),
-        }
-        self.1 = self.1.saturating_sub(1);
-        self.1 > 0
-    }
-}
-
 /// A space's device goes away while its program runs, migrates and is looked at: every page comes home first.
 #[test]
 fn a_device_goes_away_beside_faults_migrations_and_range_faults() {
@@ -196,7 +176,7 @@ fn a_device_goes_away_beside_faults_migrations_and_range_faults() {
                 let range = pages_at(0, 64);
                 while !stop.load(Ordering::Relaxed) {
                     let own = Request::all(Want::Read).owning(&bed.pagemap);
-                    let patience = &mut Attempts(&bed.mm, 0);
+                    let patience = &mut Attempts::new(&bed.mm, 100);
                     let looked = program.with_scratch(|scratch| {
                         bed.mm.range_fault(range, &own, &mut views, scratch, patience)
                     });

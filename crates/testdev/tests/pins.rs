@@ -7,19 +7,13 @@ use uhmm_core::pin::{Pin, PinError, PinFor};
 use uhmm_core::stats::{Skip, Skipped};
 use uhmm_testdev::sim_host::{Bed, Setup, page_at, pages_at};
 
-fn both_ways(scenario: impl Fn(Setup)) {
-    for can_move in [true, false] {
-        scenario(Setup { can_move, ..Setup::default() });
-    }
-}
-
 fn pin(bed: &Bed, first: usize, pages: usize, purpose: PinFor) -> Result<Pin, PinError> {
     bed.program.with_scratch(|scratch| bed.mm.pin(pages_at(first, pages), purpose, scratch))
 }
 
 #[test]
 fn pinned_pages_come_home_and_stay() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 24);
         assert_eq!(bed.migrate(0, 8).moved.get(), 8);
@@ -73,7 +67,7 @@ fn holders_are_listed_with_the_place_that_took_them() {
 
 #[test]
 fn lost_pages_are_not_pinned_and_neither_are_their_neighbours() {
-    both_ways(|setup| {
+    Setup::both_ways(|setup| {
         let bed = Bed::new(setup);
         bed.fill(0, 8);
         assert_eq!(bed.migrate(2, 2).moved.get(), 2);

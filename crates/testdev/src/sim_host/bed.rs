@@ -77,6 +77,15 @@ impl Default for Setup {
     }
 }
 
+impl Setup {
+    /// Plays `scenario` with both ways of taking pages out: frames that change places, and copies.
+    pub fn both_ways(scenario: impl Fn(Self)) {
+        for can_move in [true, false] {
+            scenario(Self { can_move, ..Self::default() });
+        }
+    }
+}
+
 /// An address space over a simulated host and two fake devices.
 pub struct Bed {
     /// The address space.

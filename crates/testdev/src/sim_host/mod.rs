@@ -11,6 +11,7 @@
 
 mod bed;
 pub(crate) mod memory;
+mod mirrored;
 mod program;
 mod state;
 
@@ -25,6 +26,7 @@ use uhmm_core::host::{Host, Install, Progress, Rights, Sort, Stop, Unusual};
 use uhmm_core::sync::{AtomicU32, Ordering, Park};
 
 pub use bed::{Bed, Setup, page_at, pages_at};
+pub use mirrored::{Attempts, Table};
 pub use program::{Killed, Program, deliver};
 pub use state::{Event, Trap};
 
