@@ -4,6 +4,7 @@
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange, VaRange, Vpn};
 
+use super::install::Arrival;
 use super::resolve::{Resolution, Step};
 use crate::device::Transfer;
 use crate::host::{Host, Stop};
@@ -66,7 +67,7 @@ impl<H: Host> Mm<H> {
             // What arrived stays; the rest is still on the device, and its frames are let go.
             for n in 0..progress.done.get() {
                 let n = PageCount::new(n);
-                self.settle_home(chunk.forward(n), &[first.forward(n)], false);
+                self.settle_home(chunk.forward(n), &[first.forward(n)], Arrival::There);
             }
             drop(layout);
             put_back(progress.done.get()..CHUNK_PAGES);

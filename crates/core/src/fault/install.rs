@@ -16,6 +16,17 @@ use crate::mm::Mm;
 use crate::pagetable::PageWord;
 use crate::stats::Counter;
 
+/// How a claimed page came to be in RAM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Arrival {
+    /// Put there by ourselves, a small page, and writable as far as the mapping is.
+    Installed,
+    /// The same, write-protected, because it keeps its copy.
+    Tracked,
+    /// Otherwise: by somebody else, or as part of a huge page.
+    There,
+}
+
 impl<H: Host> Mm<H> {
     /// Puts the pages that were read into the program's address space and settles their words. The fault was
     /// on the `touched`th of them.
@@ -76,11 +87,16 @@ impl<H: Host> Mm<H> {
     /// Claimed pages are in the program's address space now: their words say so, and whoever waits for us is
     /// woken. Threads that wait in the kernel were woken by what installed the page. Counted before the words say so:
     /// who finds the pages moved out again finds that they had come.
-    pub(super) fn settle_home(&self, page: Vpn, pfns: &[Pfn], tracked: bool) {
+    pub(super) fn settle_home(&self, page: Vpn, pfns: &[Pfn], how: Arrival) {
         self.stats.add(Counter::MovedIn, pfns.len());
+        let tracked = how == Arrival::Tracked;
         for (n, pfn) in pfns.iter().enumerate() {
             let page = page.forward(PageCount::new(n));
-            let home = if tracked { PageWord::tracked(*pfn) } else { PageWord::RESIDENT };
+            let home = match how {
+                Arrival::Installed => PageWord::INSTALLED,
+                Arrival::Tracked => PageWord::tracked(*pfn),
+                Arrival::There => PageWord::RESIDENT,
+            };
             let entry = self.table.entry(page);
             let left = entry.leave(home.reused_like(entry.load()));
             debug_assert!(!(tracked && left.discarded), "the layout lock keeps discards out");
@@ -94,7 +110,7 @@ impl<H: Host> Mm<H> {
     /// The page was there already, by whomever: it is the newer one. Threads that wait in the kernel for ours
     /// are woken by nobody else.
     fn settle_present(&self, page: Vpn, pfn: Pfn) {
-        self.settle_home(page, &[pfn], false);
+        self.settle_home(page, &[pfn], Arrival::There);
         self.host.wake(VaRange::page(page));
     }
 
@@ -136,7 +152,8 @@ impl<H: Host> Mm<H> {
             // SAFETY: the source holds the whole window and is ours.
             let progress = unsafe { self.host.install_copy(source.add(done.bytes()), range, how) };
             let pfns = &scratch.pfns[home.get()..home.plus(progress.done).get()];
-            self.settle_home(page.forward(home), pfns, tracked);
+            let arrival = if tracked { Arrival::Tracked } else { Arrival::Installed };
+            self.settle_home(page.forward(home), pfns, arrival);
             done = done.plus(progress.done);
             match progress.stop {
                 Stop::Complete => {}
@@ -176,7 +193,7 @@ impl<H: Host> Mm<H> {
             // SAFETY: the run is ours; what was moved out of it is recorded by the split below.
             let progress = unsafe { self.host.install(run.address(), range) };
             let pfns = &scratch.pfns[home.get()..home.plus(progress.done).get()];
-            self.settle_home(page.forward(home), pfns, false);
+            self.settle_home(page.forward(home), pfns, Arrival::Installed);
             home = home.plus(progress.done);
             let (moved, left) = run.split(progress.done);
             drop(moved.map(Run::emptied));

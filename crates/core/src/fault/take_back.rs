@@ -32,7 +32,7 @@ impl<H: Host> Mm<H> {
         let home = if let (true, Some(pfn)) = (keep_copy, copy) {
             PageWord::tracked(pfn)
         } else {
-            PageWord::RESIDENT
+            PageWord::INSTALLED
         };
         let how = if keep_copy { Install::Tracked } else { Install::Writable };
         let mut moved = false;

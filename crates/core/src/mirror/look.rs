@@ -148,8 +148,34 @@ impl<H: Host> Mm<H> {
         Ok(())
     }
 
-    /// The same, by page map and words.
+    /// The same: pages that were put where they are by ourselves need no look at the page map, where all that happens to
+    /// them is heard.
     fn walk(
+        &self,
+        rights: Rights,
+        beside: &Beside<'_>,
+        request: &Request<'_>,
+        seen: &mut Segments<'_>,
+    ) -> Result<(), Full> {
+        if rights.file || !self.host.hears() {
+            return self.walk_page_map(rights, beside, request, seen);
+        }
+        let plain = PageView::Ram { write: rights.write, order: Geometry::K4 };
+        let mut rest = Some(rights.range);
+        while let Some(left) = rest {
+            let known = self.table.installed(left);
+            seen.push_to(left.first().forward(known), plain)?;
+            if let Some(left) = left.skip(known) {
+                let range = left.take(self.table.not_installed(left));
+                self.walk_page_map(Rights { range, ..rights }, beside, request, seen)?;
+            }
+            rest = behind(rights.range, seen.end());
+        }
+        Ok(())
+    }
+
+    /// The same, by page map and words.
+    fn walk_page_map(
         &self,
         rights: Rights,
         beside: &Beside<'_>,

@@ -126,7 +126,7 @@ impl<H: Host> Mm<H> {
                         if let Discard::Took(stale) = target.discard(false) {
                             self.free(stale);
                         }
-                        target.store(word);
+                        target.store(word.without_installed());
                     }
                     None => self.free(word),
                 }

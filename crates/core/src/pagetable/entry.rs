@@ -54,7 +54,8 @@ impl<'t> Entry<'t> {
     /// Gives a claim up: the page is now `next`. To be called by the claimant only.
     ///
     /// If the contents were given up meanwhile the word becomes empty instead: the page is not there any
-    /// more, and whatever `next` would have owned falls to the caller.
+    /// more, and whatever `next` would have owned falls to the caller. A page that was not brought home is not said to
+    /// be where it was put: the claim may have changed how it is mapped.
     pub fn leave(self, next: PageWord) -> Leave {
         let mut seen = self.load();
         loop {
@@ -67,6 +68,10 @@ impl<'t> Entry<'t> {
                 Some(Kind::Out) => PageWord::EMPTY.with_discarded(),
                 Some(Kind::In) if next.state() == State::Coherent => PageWord::EMPTY.with_discarded(),
                 _ => PageWord::EMPTY,
+            };
+            let next = match seen.kind() {
+                Some(Kind::In | Kind::Back) => next,
+                _ => next.without_installed(),
             };
             let next = next.with_pinned(pinned);
             match self.exchange(seen, next) {

@@ -149,6 +149,50 @@ impl PageTable {
         None
     }
 
+    /// How many pages at the front of `range` were put where they are by ourselves ([`PageWord::is_installed`]).
+    ///
+    /// # Panics
+    /// If the table does not cover the range.
+    pub fn installed(&self, range: VaRange) -> PageCount {
+        const STEP: usize = 8;
+        let mut end = range.first();
+        for part in self.used(range) {
+            if part.first() != end {
+                break;
+            }
+            for words in self.atomics(part).chunks(STEP) {
+                let join = |(all, any), word| {
+                    let word = load(word).raw();
+                    (all & word, any | word)
+                };
+                let (all, any) = words.iter().fold((u64::MAX, 0), join);
+                if !PageWord::are_installed(all, any) {
+                    let here = words.iter().take_while(|word| load(word).is_installed()).count();
+                    return end.forward(PageCount::new(here)).since(range.first());
+                }
+                end = end.forward(PageCount::new(words.len()));
+            }
+        }
+        end.since(range.first())
+    }
+
+    /// How many pages at the front of `range`, to the end of a chunk, are to be looked at together: of each chunk the first
+    /// page was not put where it is by ourselves. The first chunk's is known not to be.
+    ///
+    /// # Panics
+    /// If the table does not cover the range.
+    pub fn not_installed(&self, range: VaRange) -> PageCount {
+        let mut pages = PageCount::ZERO;
+        for part in range.chunks() {
+            let begins = !pages.is_zero() && !self.installed(part.take(PageCount::ONE)).is_zero();
+            if begins {
+                break;
+            }
+            pages = pages.plus(part.pages());
+        }
+        pages
+    }
+
     fn atomics(&self, range: VaRange) -> &[AtomicU64] {
         assert!(self.covers(range), "the pages lie outside of the page table");
         let first = range.first().since(self.first).get();

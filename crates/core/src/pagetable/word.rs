@@ -1,13 +1,13 @@
 //! The page word: everything that is known about one page, in 64 bits.
 //!
 //! ```text
-//!   63  56 55      16 15   12 11  10  9   8   7   6   4   3     0
-//!  +------+----------+-------+------+---+---+---+---+---+--------+
-//!  | age  | payload  | reuse | kind | W | T | P | D | w | state  |
-//!  +------+----------+-------+------+---+---+---+---+---+--------+
+//!   63  56 55      16 15   12 11  10  9   8   7   6   5   4   3     0
+//!  +------+----------+-------+------+---+---+---+---+---+---+--------+
+//!  | age  | payload  | reuse | kind | W | T | P | D | I | w | state  |
+//!  +------+----------+-------+------+---+---+---+---+---+---+--------+
 //! ```
 //!
-//! `w` waited, `D` discarded, `P` pinned, `T` tracked, `W` writing; `kind` says where a moving page comes from,
+//! `w` waited, `I` installed, `D` discarded, `P` pinned, `T` tracked, `W` writing; `kind` says where a moving page comes from,
 //! `reuse` how much is evicted before the page is touched again once it is away ([`Reuse`]), `age` when it left for
 //! the device.
 //! The all-zero word is a valid one: [`State::Empty`].
@@ -63,6 +63,7 @@ pub struct PageWord(u64);
 
 const STATE: u64 = 0xf;
 const WAITED: u64 = 1 << 4;
+const INSTALLED: u64 = 1 << 5;
 const REUSE_SHIFT: u32 = 12;
 const REUSE: u64 = 15 << REUSE_SHIFT;
 const DISCARDED: u64 = 1 << 6;
@@ -80,6 +81,8 @@ impl PageWord {
     pub const EMPTY: Self = Self(0);
     /// In RAM, without a copy anywhere.
     pub const RESIDENT: Self = Self::of(State::Resident, 0);
+    /// The same, put there by ourselves as a small page of the process's own, with nothing in a store's way.
+    pub const INSTALLED: Self = Self(Self::RESIDENT.0 | INSTALLED);
     /// Lost.
     pub const POISONED: Self = Self::of(State::Poisoned, 0);
 
@@ -201,6 +204,23 @@ impl PageWord {
         self.0 & AWAY == 0
     }
 
+    /// Whether the page was put where it is by ourselves, as a small page of the process's own, and nothing that we hear
+    /// of has happened to it since. Worth something where the host tells of the program's own changes
+    /// ([`Host::hears`](crate::host::Host::hears)) only.
+    pub const fn is_installed(self) -> bool {
+        self.0 & (STATE | INSTALLED | DISCARDED | TRACKED) == Self::INSTALLED.0
+    }
+
+    /// Whether that is so of several words, in one step: of what all of them have, and of what any has.
+    pub(super) const fn are_installed(all: u64, any: u64) -> bool {
+        Self(all).is_installed() && Self(any).is_installed()
+    }
+
+    /// The same; whether it is where it was put is not known any more.
+    pub const fn without_installed(self) -> Self {
+        Self(self.0 & !INSTALLED)
+    }
+
     /// Whether the page is on a device, and nowhere else.
     pub const fn is_on_device(self) -> bool {
         matches!(self.state(), State::Device | State::Coherent)
@@ -292,7 +312,7 @@ impl PageWord {
 
     /// The same, its contents given up.
     pub const fn with_discarded(self) -> Self {
-        Self(self.0 | DISCARDED)
+        Self(self.without_installed().0 | DISCARDED)
     }
 
     /// The same, no longer given up.
@@ -318,7 +338,7 @@ impl PageWord {
 
     /// The same without the copy on the device.
     pub const fn without_copy(self) -> Self {
-        Self(self.0 & !TRACKED & ((1 << PAYLOAD_SHIFT) - 1))
+        Self(self.without_installed().0 & !TRACKED & ((1 << PAYLOAD_SHIFT) - 1))
     }
 
     /// Whether a page in this state may be moved out, if it is present.
@@ -341,6 +361,7 @@ impl fmt::Debug for PageWord {
         }
         for (set, name) in [
             (self.is_waited(), "waited"),
+            (self.is_installed(), "installed"),
             (self.is_discarded(), "discarded"),
             (self.is_pinned(), "pinned"),
             (self.is_tracked(), "tracked"),
