@@ -3,14 +3,15 @@
 //!
 //! A line is who, what, and microseconds for a page, the median of some rounds: `device` is this crate's, asked what
 //! the kernel's is asked by its ioctls, contents handed back included; `library` is a space by itself, with the engine
-//! that is its default; `one-by-one` the same with no more than the page that was touched brought home by a fault.
+//! that is its default, which no change of the program's mappings is told to; `threads` the same with the engine that
+//! hears of them; `one-by-one` the default with no more than the page that was touched brought home by a fault.
 
 use std::error::Error;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use uhmm::{ByteSize, MemDevice, PAGE_SIZE, PageCount, Space, VaRange, VirtAddr};
+use uhmm::{ByteSize, Engine, MemDevice, PAGE_SIZE, PageCount, Space, VaRange, VirtAddr};
 use uhmm_dmirror::{Dmirror, Node};
 
 const SIZE: ByteSize = ByteSize::mib(32);
@@ -104,9 +105,10 @@ fn device() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn library(who: &str, fault_around: bool) -> Result<(), Box<dyn Error>> {
+fn library(who: &str, engine: Engine, fault_around: bool) -> Result<(), Box<dyn Error>> {
     let device = Arc::new(MemDevice::private(SIZE)?);
-    let space = Space::builder().device(device).fault_around(fault_around).build()?;
+    let space = Space::builder().device(device).engine(engine).fault_around(fault_around).clean_copies(false);
+    let space = space.build()?;
     let mut buffer = space.map::<u64>(SIZE.bytes() as usize / size_of::<u64>())?;
     buffer.advise_no_huge()?;
     let range = buffer.range();
@@ -131,7 +133,8 @@ fn library(who: &str, fault_around: bool) -> Result<(), Box<dyn Error>> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    library("library", true)?;
-    library("one-by-one", false)?;
+    library("library", Engine::Signal, true)?;
+    library("threads", Engine::Threads, true)?;
+    library("one-by-one", Engine::Signal, false)?;
     device()
 }

@@ -317,7 +317,7 @@ impl<'m> Handle<'m> {
     /// before the page can leave again.
     fn settle(&self, range: VaRange) {
         let start = Instant::now();
-        while !self.machine.space().residency(range).staged.is_zero() && start.elapsed() < DEFAULT_TIMEOUT {
+        while !self.machine.space().is_settled(range) && start.elapsed() < DEFAULT_TIMEOUT {
             std::thread::yield_now();
         }
     }
@@ -372,20 +372,20 @@ impl<'m> Handle<'m> {
     /// What the device would see of the pages of `range`, a byte for each, as the kernel's `HMM_DMIRROR_PROT_*`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the range is no user memory, [`Error::NoMemory`].
+    /// [`Error::Invalid`] if the range is no user memory.
     ///
     /// # Panics
     /// If `into` has more or fewer bytes than the range has pages.
     pub fn snapshot(&self, range: VaRange, into: &mut [u8]) -> Result<Counts, Error> {
+        assert_eq!(range.pages().get(), into.len(), "one byte for each page");
         let own = self.machine.owner(self.node)?;
         self.settle(range);
-        let mut views = Vec::new();
-        views.try_reserve_exact(into.len()).map_err(|_| Error::NoMemory)?;
-        views.resize(into.len(), PageView::Absent);
-        self.machine.space().snapshot(range, Some(self.node.index()), &mut views)?;
-        for (byte, view) in into.iter_mut().zip(views) {
-            *byte = snapshot::byte(view, own, self.node.kind());
-        }
+        let mut rest = into;
+        self.machine.space().segments(range, Some(self.node.index()), |segment| {
+            let bytes = rest.split_off_mut(..segment.range().pages().get()).expect("as many as pages");
+            // Pages that are alike are so to the device, wherever on it they lie.
+            bytes.fill(snapshot::byte(segment.view(), own, self.node.kind()));
+        })?;
         Ok(Counts { pages: range.pages(), faults: 0 })
     }
 

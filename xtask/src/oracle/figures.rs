@@ -25,7 +25,7 @@ const ROWS: [(&str, &str, Option<f64>); 4] = [
     ("kernel snapshot:", "snapshot", Some(5.0)),
 ];
 /// Whose figures there are beside the kernel's. The goals are about the first.
-const OURS: [&str; 3] = ["library", "one-by-one", "device"];
+const OURS: [&str; 4] = ["library", "threads", "one-by-one", "device"];
 
 /// Microseconds a page.
 #[derive(Clone, PartialEq, Debug)]

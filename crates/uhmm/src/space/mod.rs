@@ -202,6 +202,11 @@ impl Space {
         self.inner.managed.residency(range)
     }
 
+    /// Whether no page of `range` is on its way, as [`Residency::staged`] counts them; touches no page, and asks nobody.
+    pub fn is_settled(&self, range: VaRange) -> bool {
+        self.inner.managed.is_settled(range)
+    }
+
     /// A counter's value.
     pub fn count(&self, counter: Counter) -> u64 {
         self.inner.managed.mm().stats().get(counter)

@@ -57,6 +57,21 @@ impl Managed {
         found
     }
 
+    /// Whether no page of `range` is on its way.
+    pub fn is_settled(&self, range: VaRange) -> bool {
+        let table = self.mm().table();
+        table.used(range).all(|part| {
+            let mut rest = Some(part);
+            while let Some((page, word)) = rest.and_then(|rest| table.first_away(rest)) {
+                if matches!(word.state(), State::Staged | State::Moving) {
+                    return false;
+                }
+                rest = part.skip(page.since(part.first()).plus(PageCount::ONE));
+            }
+            true
+        })
+    }
+
     /// Pages of `range` that coherent devices have mapped in place.
     pub fn mapped_in_place(&self, range: VaRange) -> PageCount {
         if self.mm().pagemaps().iter().all(|map| map.memory().is_none()) {
