@@ -1,7 +1,8 @@
 //! The limits that figures are measured against: the bare primitives, with nothing of uhmm around them.
 //!
 //! What     [`Copying`] (memcpy in pieces), [`SignalFaults`] and [`ThreadFaults`] (one page per fault, with the
-//!          least that a fault can be resolved with) and [`first_touch`] (what fresh memory costs).
+//!          least that a fault can be resolved with), [`first_touch`] (what fresh memory costs) and [`make_own`] (what
+//!          the system takes to see to it that pages are there and the process's own).
 //! Why      a figure by itself says more about the machine than about the code. Measured in one run with its
 //!          limit, between the same kinds of memory and in the same order, it says what the code adds.
 //! Owns     its own memory, descriptors and threads; nothing of a [`Space`](crate::Space).
@@ -102,6 +103,24 @@ pub fn first_touch(size: ByteSize) -> io::Result<Duration> {
         unsafe { mapping.as_ptr().add(page * PAGE_SIZE).write_volatile(1) }
     }
     Ok(start.elapsed())
+}
+
+/// Has the system look at every page of `size` bytes that were just written, one by one, and make it the process's own if
+/// it is not: a chunk of 2 MiB at a time, as somebody does who is going to pin them (`MADV_POPULATE_WRITE`).
+pub fn make_own(size: ByteSize) -> io::Result<Duration> {
+    let len = (size.bytes() as usize).next_multiple_of(Geometry::M2.bytes());
+    let mapping = Mapping::reserve_aligned(len, Geometry::M2.bytes(), "uhmm-yardstick")?;
+    mapping.advise_no_huge()?;
+    mark(&mapping);
+    let start = Instant::now();
+    for chunk in mapping.range().chunks() {
+        let at = std::ptr::with_exposed_provenance_mut(chunk.start().get());
+        // SAFETY: a part of the mapping, whose contents stay.
+        unsafe { rustix::mm::madvise(at, chunk.bytes(), rustix::mm::Advice::LinuxPopulateWrite) }?;
+    }
+    let took = start.elapsed();
+    let last = mapping.range().pages().get() - 1;
+    if first_word(&mapping, last) == pattern(last) { Ok(took) } else { Err(wrong(last)) }
 }
 
 /// Numbers below `len`, each once, in an order that no window policy takes for a sequence.

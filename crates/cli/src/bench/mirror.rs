@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use uhmm::mirror::{MirrorTable, PageView, Pages, Segment, Want};
 use uhmm::notifier::Event;
+use uhmm::yardstick::make_own;
 use uhmm::{Buffer, ByteSize, Engine, Geometry, MemDevice, PageCount, PinFor, Space, VaRange, Vpn};
 use uhmm_addr::CHUNK_PAGES;
 use uhmm_core::notifier::{Change, Mark, Notifiers, Subscriber, WouldBlock};
@@ -194,27 +195,24 @@ pub(crate) fn populate(name: &'static str, look: Look, scale: Scale) -> Result<M
     Ok(pair.measure(name, "ns", nanoseconds(range.pages()), SCAN, 0.80).at_most(most))
 }
 
-/// Pages are pinned and let go, a chunk at a time: such as were never pinned before, or such as were.
-pub(crate) fn pin(name: &'static str, look: Look, scale: Scale) -> Result<Measure, RowError> {
-    let size = scale.pick(ByteSize::mib(64), ByteSize::mib(8));
-    let (mut space, mut buffer) = resident(size, Geometry::K4)?;
-    let mut range = buffer.range();
-    let goal = if look == Look::First { 0.50 } else { 10.0 };
+/// Pins the pages of `range` and lets them go, a chunk at a time.
+fn pin_all(space: &Space, range: VaRange) -> Result<Duration, RowError> {
+    let start = Instant::now();
+    for chunk in range.chunks() {
+        drop(space.pin(chunk, PinFor::Write).map_err(RowError::unavailable)?);
+    }
+    let took = start.elapsed();
+    if space.pins().is_empty() { Ok(took) } else { Err(RowError::WrongData { page: 0 }) }
+}
+
+/// Pages are pinned again and let go, beside what it takes at least to count pages of 4 KiB one by one.
+pub(crate) fn pin(name: &'static str, scale: Scale) -> Result<Measure, RowError> {
+    let (space, buffer) = resident(scale.pick(ByteSize::mib(64), ByteSize::mib(8)), Geometry::K4)?;
+    let range = buffer.range();
     let counts: Vec<AtomicU64> = (0..range.pages().get()).map(|_| AtomicU64::new(0)).collect();
     let mut pair = Pair::default();
     for round in 0..scale.warm_up() + scale.rounds() {
-        if look == Look::First {
-            (space, buffer) = resident(size, Geometry::K4)?;
-            range = buffer.range();
-        }
-        let start = Instant::now();
-        for chunk in range.chunks() {
-            drop(space.pin(chunk, PinFor::Write).map_err(RowError::unavailable)?);
-        }
-        let took = start.elapsed();
-        if !space.pins().is_empty() {
-            return Err(RowError::WrongData { page: 0 });
-        }
+        let took = pin_all(&space, range)?;
         let start = Instant::now();
         for chunk in counts.chunks(CHUNK_PAGES) {
             chunk.iter().for_each(|count| _ = count.fetch_add(1, Ordering::AcqRel));
@@ -222,8 +220,21 @@ pub(crate) fn pin(name: &'static str, look: Look, scale: Scale) -> Result<Measur
         }
         pair.add(scale, round, took, start.elapsed());
     }
-    // As many as it takes for pages of 4 KiB, where one of each does for 2 MiB.
-    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), "two atomic additions a page", goal))
+    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), "two atomic additions a page", 10.0))
+}
+
+/// Pages that were just written are pinned for the first time and let go. Counting is the least of that: each page is
+/// looked at by the system, which shares it with nobody from then on.
+pub(crate) fn pin_first(name: &'static str, scale: Scale) -> Result<Measure, RowError> {
+    let size = scale.pick(ByteSize::mib(64), ByteSize::mib(8));
+    let mut pair = Pair::default();
+    for round in 0..scale.warm_up() + scale.rounds() {
+        let (space, buffer) = resident(size, Geometry::K4)?;
+        let took = pin_all(&space, buffer.range())?;
+        drop((buffer, space));
+        pair.add(scale, round, took, make_own(size).map_err(RowError::yardstick)?);
+    }
+    Ok(pair.measure(name, "ns", nanoseconds(size.pages()), "MADV_POPULATE_WRITE of such pages", 0.80))
 }
 
 /// Nobody waits for anybody here.

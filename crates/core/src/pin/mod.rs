@@ -25,7 +25,7 @@ use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, VirtAddr, Vpn};
 use crate::fault::{Access, Fault, Resolution, Scratch};
 use crate::host::{Host, Stop};
 use crate::mm::Mm;
-use crate::pagetable::State;
+use crate::pagetable::{PageWord, State};
 use crate::sync::locked::Locked;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering};
 use ready::{Changes, Moment, Ready};
@@ -312,17 +312,29 @@ impl<H: Host> Mm<H> {
         term: PinTerm,
         scratch: &mut Scratch,
     ) -> Result<(), PinError> {
-        // What can come in large pieces does.
-        self.prefetch(range, scratch);
+        let is_plain = |word: PageWord| {
+            word.is_at_home() && !(purpose == PinFor::Write && word.is_tracked())
+        };
+        // All of them have words: they were flagged.
+        let plain = range.chunks().all(|part| self.table.words(part).all(is_plain));
+        if !plain {
+            // What can come in large pieces does.
+            self.prefetch(range, scratch);
+        }
         let mut found = [range; 32];
         let mut rest = Some(range);
         while let Some(part) = rest {
-            let (count, end) = self.host.present(part, &mut found);
-            for page in part.take(end.since(part.first())).iter() {
-                let present = found[..count].iter().any(|region| region.contains(page));
-                self.bring_pinned_page(page, present, purpose, term, scratch)?;
+            // Nothing but what is not there at all has to be filled by us: the system has the others by a touch.
+            let (count, end) = self.host.holes(part, &mut found);
+            for page in found[..count].iter().flat_map(|hole| hole.iter()) {
+                self.bring_pinned_page(page, false, purpose, term, scratch)?;
             }
             rest = VaRange::of_pages(end, part.end_page().since(end));
+        }
+        if !plain {
+            for page in range.iter().filter(|page| !is_plain(self.table.entry(*page).load())) {
+                self.bring_pinned_page(page, true, purpose, term, scratch)?;
+            }
         }
         Ok(())
     }
@@ -334,6 +346,7 @@ impl<H: Host> Mm<H> {
         match self.host.touch(range, write).stop {
             Stop::Complete => Ok(()),
             Stop::Pending => Err(PinError::Pending(range.start())),
+            Stop::Unmapped => Err(PinError::Unmanaged(range.start())),
             _ if write => Err(PinError::ReadOnly(range)),
             // Present, as far as can be known.
             _ => Ok(()),
