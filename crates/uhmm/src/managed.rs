@@ -278,16 +278,17 @@ impl Managed {
             Reports::Sigbus => None,
         };
         let mut memory = Vec::new();
-        let words = match plan.table {
-            Some(words) => words,
-            None => reserve(TABLE_BYTES, 4096, "uhmm-table")?,
+        let (words, fresh) = match plan.table {
+            Some(words) => (words, false),
+            None => (reserve(TABLE_BYTES, 4096, "uhmm-table")?, true),
         };
         words.advise_no_huge()?;
         // SAFETY: the mapping has room for the bits behind the words.
         let used = unsafe { words.as_ptr().cast::<u64>().add(USER_PAGES.get()) };
-        // SAFETY: the mapping is as long as the table needs and zero where unused; it is kept in `memory`,
-        // which outlives the table, and nobody else uses it.
-        let table = unsafe { PageTable::over(words.as_ptr().cast(), used, Vpn::new(0), USER_PAGES) };
+        let over = if fresh { PageTable::over_zeros } else { PageTable::over };
+        // SAFETY: the mapping is as long as the table needs and zero where unused, all of it if it was just reserved; it
+        // is kept in `memory`, which outlives the table, and nobody else uses it.
+        let table = unsafe { over(words.as_ptr().cast(), used, Vpn::new(0), USER_PAGES) };
         let arena = reserve(plan.arena.pages().bytes(), Geometry::M2.bytes(), "uhmm-arena")?;
         arena.advise_no_huge()?;
         let huge = match plan.huge {

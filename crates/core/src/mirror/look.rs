@@ -232,7 +232,7 @@ impl<H: Host> Mm<H> {
         // and all of it is there.
         let in_pieces = PageView::Ram { order: Geometry::K4, write: may_write };
         let whole = |part: &VaRange| part.pages().get() == CHUNK_PAGES;
-        for part in self.table.used(range) {
+        for part in self.table.away(range) {
             if whole(&part) && self.table.first_away(part).is_none() {
                 continue;
             }
@@ -266,7 +266,7 @@ impl<H: Host> Mm<H> {
         request: &Request<'_>,
         seen: &mut Segments<'_>,
     ) -> Result<(), Full> {
-        for part in self.table.used(range) {
+        for part in self.table.away(range) {
             let mut rest = Some(part);
             while let Some(left) = rest {
                 let Some((page, word)) = self.table.first_away(left) else { break };

@@ -1,6 +1,6 @@
 //! The transitions of a page word. Each is one atomic step and says what its caller must do next.
 
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 use super::{Kind, PageWord, State};
 
@@ -8,6 +8,8 @@ use super::{Kind, PageWord, State};
 #[derive(Clone, Copy, Debug)]
 pub struct Entry<'t> {
     word: &'t AtomicU64,
+    /// Pages of its chunk, and some others, that are away.
+    away: Option<&'t AtomicU32>,
 }
 
 /// What became of a claim when it was given up ([`Entry::leave`]).
@@ -32,8 +34,27 @@ pub enum Discard {
 }
 
 impl<'t> Entry<'t> {
-    pub(super) const fn new(word: &'t AtomicU64) -> Self {
-        Self { word }
+    pub(super) const fn new(word: &'t AtomicU64, away: Option<&'t AtomicU32>) -> Self {
+        Self { word, away }
+    }
+
+    /// Carries out `step` from one word to another, counting pages that are away: one that leaves is counted before it is
+    /// gone, and one that comes until it is there.
+    fn counted<E>(
+        self,
+        was_home: bool,
+        is_home: bool,
+        step: impl FnOnce(&AtomicU64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(away) = self.away.filter(|_| was_home != is_home) else { return step(self.word) };
+        if was_home {
+            away.fetch_add(1, Ordering::AcqRel);
+        }
+        let done = step(self.word);
+        if was_home != done.is_ok() {
+            away.fetch_sub(1, Ordering::AcqRel);
+        }
+        done
     }
 
     /// The word as it is now.
@@ -45,10 +66,11 @@ impl<'t> Entry<'t> {
     ///
     /// A claim (`next` moving) transfers what `seen` owns to the caller.
     pub fn exchange(self, seen: PageWord, next: PageWord) -> Result<(), PageWord> {
-        self.word
-            .compare_exchange(seen.raw(), next.raw(), Ordering::AcqRel, Ordering::Acquire)
-            .map(|_| ())
-            .map_err(PageWord::from_raw)
+        self.counted(seen.is_at_home(), next.is_at_home(), |word| {
+            word.compare_exchange(seen.raw(), next.raw(), Ordering::AcqRel, Ordering::Acquire)
+                .map(|_| ())
+                .map_err(PageWord::from_raw)
+        })
     }
 
     /// Gives a claim up: the page is now `next`. To be called by the claimant only.
@@ -135,8 +157,11 @@ impl<'t> Entry<'t> {
         }
     }
 
-    /// Stores a word without looking at the old one: for tables that nobody else uses yet.
+    /// Stores a word whatever the old one is: for tables, and pages, that nobody else uses yet.
     pub fn store(self, word: PageWord) {
-        self.word.store(word.raw(), Ordering::Release);
+        let mut seen = self.load();
+        while let Err(now) = self.exchange(seen, word) {
+            seen = now;
+        }
     }
 }

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use ::loom::thread;
-use uhmm_addr::{PageCount, Pfn, Vpn};
+use uhmm_addr::{PageCount, Pfn, VaRange, Vpn};
 
 use super::{Discard, Entry, PageTable, PageWord, State};
 use crate::frame::Slot;
+use crate::sync::{AtomicU64, Ordering};
 
 const PFN: Pfn = Pfn::new(7);
 
@@ -151,5 +152,34 @@ fn a_second_owner_of_a_staged_slot_never_appears() {
         let taken = faulter.join().unwrap();
         assert!(!(sent && taken == Some(true)), "the slot has one owner");
         assert!(sent || taken == Some(true), "the slot has an owner");
+    });
+}
+
+#[test]
+fn a_page_that_left_is_counted() {
+    ::loom::model(|| {
+        let table = table(PageWord::RESIDENT);
+        let present = Arc::new(AtomicU64::new(1));
+        let (other, leaves) = (present.clone(), table.clone());
+        let mover = thread::spawn(move || {
+            let entry = page(&leaves);
+            if entry.exchange(PageWord::RESIDENT, PageWord::moving_out(Slot::new(1))).is_ok() {
+                // As the kernel does, whose locks order it with a look at its page map.
+                other.store(0, Ordering::Release);
+                let _ = entry.leave(PageWord::staged(Slot::new(1)));
+            }
+        });
+        // Somebody else's touch, which fails or finds the page staged.
+        let toucher = spawn(&table, |entry| {
+            let word = entry.load();
+            word.state() == State::Staged && entry.exchange(word, PageWord::RESIDENT).is_ok()
+        });
+        let there = present.load(Ordering::Acquire) == 1;
+        let all = VaRange::page(Vpn::new(0));
+        let (counted, word) = (table.away(all).next().is_some(), page(&table).load());
+        assert!(there || counted || word.is_at_home(), "it left, and nothing says so");
+        mover.join().unwrap();
+        let home = toucher.join().unwrap();
+        assert_eq!(table.away(all).next().is_none(), home, "as many are counted as are away");
     });
 }

@@ -12,6 +12,7 @@
 //! Locks   none. The table as a whole changes shape (unmap, remap, fork) under the layout lock only.
 //! Fails   a transition that lost a race returns the word that it found.
 
+mod away;
 mod entry;
 #[cfg(all(test, loom))]
 mod loom;
@@ -26,6 +27,7 @@ use core::ptr::NonNull;
 
 use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
 
+use away::Away;
 pub use entry::{Discard, Entry, Leave};
 pub use word::{Kind, PageWord, State};
 
@@ -38,6 +40,8 @@ pub struct PageTable {
     pages: PageCount,
     // One bit for every chunk: looking a word up backs its memory, so that walks must know where to go.
     used: NonNull<AtomicU64>,
+    /// `None` where pages may have been away before.
+    away: Option<Away>,
     _owned: Option<[Box<[AtomicU64]>; 2]>,
 }
 
@@ -66,7 +70,18 @@ impl PageTable {
     /// must start a chunk.
     #[cfg(not(loom))]
     pub unsafe fn over(words: NonNull<u64>, used: NonNull<u64>, first: Vpn, pages: PageCount) -> Self {
-        Self { words: words.cast(), first, pages, used: used.cast(), _owned: None }
+        Self { words: words.cast(), first, pages, used: used.cast(), away: None, _owned: None }
+    }
+
+    /// The same, over memory that is all zero: nothing is away yet. Chunks without a page that is away are known as such
+    /// from then on.
+    ///
+    /// # Safety
+    /// As with [`PageTable::over`]; and no other table is over this memory as long as this one is used.
+    #[cfg(not(loom))]
+    pub unsafe fn over_zeros(words: NonNull<u64>, used: NonNull<u64>, first: Vpn, pages: PageCount) -> Self {
+        // SAFETY: the caller's promise.
+        Self { away: Some(Away::new()), ..unsafe { Self::over(words, used, first, pages) } }
     }
 
     /// Words needed to remember which chunks of `pages` pages are used.
@@ -81,7 +96,7 @@ impl PageTable {
         let owned = [zeros(pages.get()), zeros(pages.get().div_ceil(CHUNK_PAGES).div_ceil(64))];
         // The boxes are never moved out of, so that the pointers stay valid while the table lives.
         let (words, used) = (NonNull::from(&*owned[0]).cast(), NonNull::from(&*owned[1]).cast());
-        Self { words, first, pages, used, _owned: Some(owned) }
+        Self { words, first, pages, used, away: Some(Away::new()), _owned: Some(owned) }
     }
 
     /// The pages for which the table has words.
@@ -115,7 +130,7 @@ impl PageTable {
         // SAFETY: the index is inside the array, which lives as long as `self` by the constructors'
         // contracts.
         let word = unsafe { self.words.add(index).as_ref() };
-        Some(Entry::new(word))
+        Some(Entry::new(word, self.away.as_ref().map(|away| away.of(index / CHUNK_PAGES))))
     }
 
     /// The words of the pages of `range`, in order, as they are when the iterator comes to them. For parts that are in
@@ -199,6 +214,15 @@ impl PageTable {
         // SAFETY: the words of the range are inside the array, as was just looked at, which lives as long as `self` by
         // the constructors' contracts.
         unsafe { core::slice::from_raw_parts(self.words.as_ptr().add(first), range.pages().get()) }
+    }
+
+    /// The parts of `range`, cut at chunk borders, of which a page may be away: all words of the others say
+    /// [`PageWord::is_at_home`].
+    pub fn away(&self, range: VaRange) -> impl Iterator<Item = VaRange> {
+        self.used(range).filter(|part| {
+            let chunk = part.first().since(self.first).get() / CHUNK_PAGES;
+            self.away.as_ref().is_none_or(|away| away.of(chunk).load(Ordering::Acquire) > 0)
+        })
     }
 
     fn used_bit(&self, chunk: usize) -> (&AtomicU64, u64) {

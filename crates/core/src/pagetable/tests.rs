@@ -202,3 +202,66 @@ fn words_of_a_range_are_those_of_its_pages() {
     assert_eq!(table.words(range).collect::<Vec<_>>(), expected);
     assert_eq!(expected[1..4], [PageWord::RESIDENT, PageWord::EMPTY, PageWord::POISONED]);
 }
+
+#[test]
+fn chunks_are_known_to_have_all_their_pages() {
+    let table = table(3);
+    let all = pages(FIRST, 3 * CHUNK_PAGES);
+    let away = || table.away(all).map(|part| part.first().chunk()).collect::<Vec<_>>();
+    let [first, second] = [1, CHUNK_PAGES + 7].map(|n| table.entry(Vpn::new(FIRST + n)));
+    assert_eq!(first.exchange(PageWord::EMPTY, PageWord::RESIDENT), Ok(()));
+    assert!(away().is_empty(), "in use, and at home");
+    assert_eq!(first.exchange(PageWord::RESIDENT, PageWord::moving_out(Slot::new(1))), Ok(()));
+    assert!(first.exchange(PageWord::RESIDENT, PageWord::POISONED).is_err(), "somebody was faster");
+    assert_eq!(second.discard(true), Discard::Took(PageWord::EMPTY));
+    assert_eq!(away(), [3, 4], "one that moves, and one that was given up");
+    let _ = first.leave(PageWord::staged(Slot::new(1)));
+    assert!(second.annotate(PageWord::without_discarded));
+    assert_eq!(away(), [3]);
+    first.store(PageWord::INSTALLED);
+    assert!(away().is_empty());
+    second.store(PageWord::device(Pfn::new(3)));
+    assert_eq!(away(), [4]);
+}
+
+#[test]
+fn what_we_installed_is_known_until_something_happens_to_it() {
+    let table = table(3);
+    let range = pages(FIRST + 500, 2 * CHUNK_PAGES);
+    let installed = |first| table.installed(pages(first, FIRST + 500 + 2 * CHUNK_PAGES - first)).get();
+    assert_eq!((installed(FIRST + 500), table.not_installed(range)), (0, range.pages()));
+    for page in range.iter() {
+        let entry = table.entry(page);
+        entry.store(PageWord::moving_in(Pfn::new(1)));
+        let _ = entry.leave(PageWord::INSTALLED);
+    }
+    assert_eq!(installed(FIRST + 500), 2 * CHUNK_PAGES);
+    let at = |n: usize| table.entry(Vpn::new(FIRST + n));
+    assert!(at(600).annotate(|word| word.with_pinned(true)));
+    assert_eq!(installed(FIRST + 500), 2 * CHUNK_PAGES, "a pin changes nothing");
+    let doubted = [
+        (601, at(601).exchange(PageWord::INSTALLED, PageWord::tracked(Pfn::new(1))).is_ok()),
+        (630, at(630).annotate(PageWord::with_discarded)),
+        (700, at(700).discard(false) == Discard::Took(PageWord::INSTALLED)),
+    ];
+    for (n, (page, done)) in doubted.into_iter().enumerate() {
+        let from = if n == 0 { FIRST + 500 } else { FIRST + doubted[n - 1].0 + 1 };
+        assert!(done);
+        assert_eq!(installed(from), FIRST + page - from, "page {page}");
+    }
+    // To the end of the chunk, and the next one, whose first page is in doubt as well.
+    let rest = pages(FIRST + 601, 2 * CHUNK_PAGES - 101);
+    assert_eq!(table.not_installed(rest).get(), CHUNK_PAGES - 601 % CHUNK_PAGES);
+    let _ = at(2 * CHUNK_PAGES).discard(false);
+    assert_eq!(table.not_installed(rest), rest.pages());
+    // A claim that is given up may have left the page otherwise than it was.
+    for (claim, stays) in [
+        (PageWord::moving_out(Slot::new(1)), false),
+        (PageWord::filling(), false),
+        (PageWord::moving_back(Slot::new(1)), true),
+    ] {
+        at(510).store(claim);
+        let _ = at(510).leave(PageWord::INSTALLED);
+        assert_eq!(at(510).load().is_installed(), stays, "{claim:?}");
+    }
+}

@@ -60,7 +60,7 @@ impl Managed {
     /// Whether no page of `range` is on its way.
     pub fn is_settled(&self, range: VaRange) -> bool {
         let table = self.mm().table();
-        table.used(range).all(|part| {
+        table.away(range).all(|part| {
             let mut rest = Some(part);
             while let Some((page, word)) = rest.and_then(|rest| table.first_away(rest)) {
                 if matches!(word.state(), State::Staged | State::Moving) {
