@@ -10,8 +10,10 @@ use uhmm::notifier::Event;
 use uhmm::yardstick::make_own;
 use uhmm::{Buffer, ByteSize, Engine, Geometry, MemDevice, PageCount, PinFor, Space, VaRange, Vpn};
 use uhmm_addr::CHUNK_PAGES;
+use uhmm_core::host::Rights;
 use uhmm_core::notifier::{Change, Mark, Notifiers, Subscriber, WouldBlock};
 use uhmm_core::sync::Park;
+use uhmm_sys::rights::MappingRights;
 use uhmm_sys::scan::{Categories, PagemapScan, Query, Region};
 
 use super::Measure;
@@ -21,6 +23,10 @@ use super::row::{Pair, RowError, Scale};
 /// By then whatever was under way is over.
 const SETTLED: Duration = Duration::from_secs(1);
 const SCAN: &str = "one PAGEMAP_SCAN of the same pages, for what is unusual";
+const ASK: &str = "one PROCMAP_QUERY, one PAGEMAP_SCAN of the same pages";
+
+const NO_RIGHTS: Rights =
+    Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false, file: false };
 
 /// Seconds for so many pages as nanoseconds for one.
 fn nanoseconds(pages: PageCount) -> impl Fn(f64) -> f64 {
@@ -71,6 +77,33 @@ fn scan(scanner: &PagemapScan, range: VaRange, pages: Geometry) -> Result<Durati
         None => Ok(took),
         Some(other) => Err(RowError::WrongData { page: other.range.first().since(range.first()).get() }),
     }
+}
+
+/// What the system's own calls take to tell that all pages are there, whether they may be written, and of what size they are,
+/// to somebody who knows nothing of them: what may be done with the mapping, and one walk, for whatever is not an ordinary
+/// small page.
+fn ask(
+    rights: &MappingRights,
+    scanner: &PagemapScan,
+    range: VaRange,
+    pages: Geometry,
+) -> Result<Duration, RowError> {
+    let there = Categories::PRESENT.union(Categories::WRITTEN);
+    let any = Categories::ZERO.union(Categories::HUGE);
+    let unusual = Query { any, lacking: there, report: any.union(there), ..Query::default() };
+    let (mut found, mut mapped) = ([Region::UNUSED; 64], [NO_RIGHTS; 16]);
+    let start = Instant::now();
+    let (count, _) = rights.list(range, &mut mapped).map_err(RowError::yardstick)?;
+    let scanned = scanner.scan(range, unusual, &mut found).map_err(|why| RowError::yardstick(why.into()))?;
+    let took = start.elapsed();
+    let writable = count == 1 && mapped[0].write && mapped[0].range == range;
+    let huge = there.union(Categories::HUGE);
+    let right = match (&found[..scanned.regions], pages) {
+        ([], Geometry::K4) => true,
+        ([region], Geometry::M2) => region.range == range && region.categories == huge,
+        _ => false,
+    };
+    if writable && right { Ok(took) } else { Err(RowError::WrongData { page: 0 }) }
 }
 
 /// Whether a segment is told to be in RAM, writable, and of pages of that size.
@@ -134,6 +167,26 @@ pub(crate) enum Look {
     Again,
 }
 
+fn limit(
+    look: Look,
+    rights: &MappingRights,
+    scanner: &PagemapScan,
+    range: VaRange,
+    pages: Geometry,
+) -> Result<Duration, RowError> {
+    match look {
+        Look::First => ask(rights, scanner, range, pages),
+        Look::Again => scan(scanner, range, pages),
+    }
+}
+
+const fn limit_name(look: Look) -> &'static str {
+    match look {
+        Look::First => ASK,
+        Look::Again => SCAN,
+    }
+}
+
 /// A snapshot of pages that are all there.
 pub(crate) fn snapshot(
     name: &'static str,
@@ -147,6 +200,7 @@ pub(crate) fn snapshot(
     let new = || space.mirror(range, Table::new(range)).map_err(RowError::unavailable);
     let mut mirror = new()?;
     let scanner = PagemapScan::open().map_err(RowError::yardstick)?;
+    let rights = MappingRights::open().map_err(RowError::yardstick)?;
     let most = if pages == Geometry::K4 { 5.0 } else { 0.05 };
     let mut pair = Pair::default();
     for round in 0..scale.warm_up() + scale.rounds() {
@@ -165,9 +219,9 @@ pub(crate) fn snapshot(
         if there != range.pages() {
             return Err(RowError::WrongData { page: there.get() });
         }
-        pair.add(scale, round, took, scan(&scanner, range, pages)?);
+        pair.add(scale, round, took, limit(look, &rights, &scanner, range, pages)?);
     }
-    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), SCAN, 0.80).at_most(most))
+    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), limit_name(look), 0.80).at_most(most))
 }
 
 /// A table is filled with pages that are all there.
@@ -178,6 +232,7 @@ pub(crate) fn populate(name: &'static str, look: Look, scale: Scale) -> Result<M
     let new = || space.mirror(range, Table::new(range)).map_err(RowError::unavailable);
     let mut mirror = new()?;
     let scanner = PagemapScan::open().map_err(RowError::yardstick)?;
+    let rights = MappingRights::open().map_err(RowError::yardstick)?;
     let mut pair = Pair::default();
     for round in 0..scale.warm_up() + scale.rounds() {
         if look == Look::First {
@@ -188,11 +243,11 @@ pub(crate) fn populate(name: &'static str, look: Look, scale: Scale) -> Result<M
         let took = start.elapsed();
         populated.map_err(RowError::unavailable)?;
         mirror.look(Table::check)?;
-        pair.add(scale, round, took, scan(&scanner, range, Geometry::K4)?);
+        pair.add(scale, round, took, limit(look, &rights, &scanner, range, Geometry::K4)?);
     }
     // 2 ms for a gibibyte.
     let most = 2e6 / ByteSize::gib(1).pages().get() as f64;
-    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), SCAN, 0.80).at_most(most))
+    Ok(pair.measure(name, "ns", nanoseconds(range.pages()), limit_name(look), 0.80).at_most(most))
 }
 
 /// Pins the pages of `range` and lets them go, a chunk at a time.

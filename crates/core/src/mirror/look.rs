@@ -20,12 +20,15 @@ use super::view::{Full, PageView, Segments, Unusable};
 use crate::host::{Host, Rights, Sort, Unusual};
 use crate::mm::Mm;
 use crate::pagetable::{PageWord, State};
+use crate::sync::Ordering;
 
 /// Mappings, or stretches of pages, that are asked for at a time.
 pub(super) const FOUND: usize = 16;
 /// Pages that are looked at under one hold of the lock, unless they are known: long enough that the calls to the host do
 /// not count, short enough that nobody who reads events waits for it.
 const SPAN: usize = 16 * CHUNK_PAGES;
+/// The same where pages are expected to be huge: longer by less than what these take less.
+const HUGE_SPAN: usize = 8 * SPAN;
 
 pub(super) const NO_RIGHTS: Rights =
     Rights { range: VaRange::page(Vpn::new(0)), read: false, write: false, shared: false, file: false };
@@ -56,7 +59,7 @@ impl Beside<'_> {
         match self.known.and_then(|known| known.run(range.take(Geometry::G1.pages()))) {
             Some((huge, Geometry::M2)) => huge,
             _ => {
-                let span = if self.huge { 4 * SPAN } else { SPAN };
+                let span = if self.huge { HUGE_SPAN } else { SPAN };
                 range.take(PageCount::new(span - range.first().in_chunk()))
             }
         }
@@ -77,6 +80,9 @@ impl<H: Host> Mm<H> {
         let mut settled = true;
         // Without room for more, what was seen is told.
         let _ = self.look_at_mappings(part, beside, request, seen, &mut settled);
+        if self.looks_huge.load(Ordering::Relaxed) != seen.end_huge() {
+            self.looks_huge.store(seen.end_huge(), Ordering::Relaxed);
+        }
         settled
     }
 

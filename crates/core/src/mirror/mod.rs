@@ -188,7 +188,7 @@ impl<H: Host, T> Mirror<'_, H, T> {
                 return Err(RangeFaultError::Closed);
             }
             let collection = self.watched.collect();
-            let huge = seen.end_huge();
+            let huge = self.mm.expects_huge();
             let beside = Beside { gone: *collection.gone(), known: Some(self.watched.known()), huge };
             self.mm.fault_part(left, &beside, request, seen, scratch, patience)?;
             if let Some(mut table) = collection.lock() {

@@ -16,6 +16,7 @@ use crate::fault::{Access, Fault, Resolution, Scratch};
 use crate::host::Host;
 use crate::mm::Mm;
 use crate::pagetable::State;
+use crate::sync::Ordering;
 
 /// Segments that a snapshot has room for between two looks.
 const ROOM: usize = 64;
@@ -70,11 +71,16 @@ impl<H: Host> Mm<H> {
         let mut seen = Segments::new(&mut room);
         let mut rest = Some(range);
         while let Some(left) = rest {
-            let beside = Beside { huge: seen.end_huge(), ..*beside };
+            let beside = Beside { huge: self.expects_huge(), ..*beside };
             self.look_once(beside.span(left), &beside, request, &mut seen);
             found(&seen);
             rest = behind(range, seen.end());
         }
+    }
+
+    /// Whether the pages of the next look are expected to be huge.
+    pub(super) fn expects_huge(&self) -> bool {
+        self.looks_huge.load(Ordering::Relaxed)
     }
 
     /// A look of which nothing is asked: it does not wait until what is under way is over.

@@ -80,6 +80,8 @@ pub struct Mm<H: Host> {
     growth_stopped: AtomicBool,
     // Some page was lent to a device, once.
     pub(crate) lends: AtomicBool,
+    // The pages that a look ended with were huge: so are those that the next one begins with, as a rule.
+    pub(crate) looks_huge: AtomicBool,
     closed: AtomicBool,
 }
 
@@ -152,6 +154,7 @@ impl<H: Host> Mm<H> {
             age: AtomicU32::new(0),
             growth_stopped: AtomicBool::new(false),
             lends: AtomicBool::new(false),
+            looks_huge: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
     }

@@ -312,9 +312,7 @@ impl<H: Host> Mm<H> {
         term: PinTerm,
         scratch: &mut Scratch,
     ) -> Result<(), PinError> {
-        let is_plain = |word: PageWord| {
-            word.is_at_home() && !(purpose == PinFor::Write && word.is_tracked())
-        };
+        let is_plain = |word: PageWord| word.is_at_home() && !(purpose == PinFor::Write && word.is_tracked());
         // All of them have words: they were flagged.
         let plain = range.chunks().all(|part| self.table.words(part).all(is_plain));
         if !plain {
