@@ -163,7 +163,8 @@ impl<H: Host> Mm<H> {
         request: &Request<'_>,
         seen: &mut Segments<'_>,
     ) -> Result<(), Full> {
-        if rights.file || !self.host.hears() {
+        // Huge pages take so little of a walk that the words are not worth a look.
+        if rights.file || beside.huge || !self.host.hears() {
             return self.walk_page_map(rights, beside, request, seen);
         }
         let plain = PageView::Ram { write: rights.write, order: Geometry::K4 };
