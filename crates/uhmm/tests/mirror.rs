@@ -11,13 +11,14 @@ use common::deaf::Deaf;
 use common::{
     Memory, PAGE, Setup, WORDS, check, check_from, eventually, expect_places, fill, memory, part, settle,
 };
-use rustix::mm::MprotectFlags;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use uhmm::mirror::{
     DEFAULT_TIMEOUT, Mirror, MirrorError, MirrorTable, PageView, Pages, RangeFaultError, Request, Retry,
     Unusable, Want,
 };
 use uhmm::notifier::Event;
 use uhmm::{ByteSize, Engine, Geometry, PageCount, VaRange, Vpn};
+use uhmm_sys::scan::{Categories, PagemapScan, Query, Region};
 
 scenarios!(
     a_snapshot_tells_places_apart,
@@ -40,6 +41,8 @@ scenarios!(
 );
 with_engine!(Threads, threads_events_move, threads_events_fallback:
     what_the_program_takes_away_is_not_installed,
+    what_came_home_is_told_as_the_system_has_it,
+    what_came_home_and_was_given_up_is_told_by_nobody,
 );
 
 const PAGES: usize = 32;
@@ -385,6 +388,8 @@ fn whole_chunks_are_known_until_they_change(setup: Setup) {
     let mirror = space.mirror(range, Table::default()).unwrap();
     let hears = setup.engine == Engine::Threads;
     let as_found = |what: &str| {
+        let (there, told) = (present(range), snapshot(&mirror, range));
+        assert!(told.iter().zip(there).all(|(view, there)| !view.is_valid() || there), "{what}");
         let mut found = vec![UNMAPPED; pages];
         space.snapshot(range, None, &mut found).unwrap();
         let known = snapshot(&mirror, range);
@@ -453,6 +458,129 @@ fn a_mirror_that_knows_whole_chunks_never_lies(setup: Setup) {
     });
     check(memory.words(0, pages), 21);
     drop(mirror);
+    drop(adopted);
+}
+
+/// Which pages of `range` the system says to be there.
+fn present(range: VaRange) -> Vec<bool> {
+    let query = Query { required: Categories::PRESENT, report: Categories::PRESENT, ..Query::default() };
+    let mut found = [Region::UNUSED; 64];
+    let scanned = PagemapScan::open().unwrap().scan(range, query, &mut found).unwrap();
+    assert_eq!(scanned.walk_end, range.end(), "more regions than expected");
+    let is_there = |page: Vpn| found[..scanned.regions].iter().any(|region| region.range.contains(page));
+    range.iter().map(is_there).collect()
+}
+
+/// Nothing is asked of the system about pages that we brought home ourselves: whatever the program does to them, it is to be
+/// told as if it were.
+fn what_came_home_is_told_as_the_system_has_it(setup: Setup) {
+    let pages = 2 * CHUNK + 40;
+    let space = setup.builder().device(memory(ByteSize::mib(16))).clean_copies(false).build().unwrap();
+    let mut memory = Memory::new(pages);
+    fill(memory.words_mut(0, pages), 22);
+    let range = memory.range();
+    // SAFETY: the test's own memory, to which no reference is held across what is done to it.
+    unsafe { space.watch(range) }.unwrap();
+    let come_home = || {
+        let _ = space.migrate(range).unwrap();
+        space.prefetch(range).unwrap();
+    };
+    let (writable, readable) = (MprotectFlags::READ | MprotectFlags::WRITE, MprotectFlags::READ);
+    let write = |first: usize, pages: usize| {
+        // SAFETY: pages of the test's own memory that may be written.
+        (first..first + pages).for_each(|page| unsafe { memory.page(page).cast::<u64>().write_volatile(1) });
+    };
+    let fork = || {
+        // SAFETY: the child does nothing but end.
+        match unsafe { libc::fork() } {
+            // SAFETY: as above.
+            0 => unsafe { libc::_exit(0) },
+            // SAFETY: waits for that child.
+            child => assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child),
+        }
+    };
+    let map_anew = |first: usize, pages: usize| {
+        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+        // SAFETY: replaces pages of the test's own memory.
+        unsafe { rustix::mm::mmap_anonymous(memory.page(first).cast(), pages * PAGE, prot, flags) }.unwrap();
+    };
+    let acts: [(&str, &dyn Fn()); 12] = [
+        ("all of it is there", &|| ()),
+        ("some was given up", &|| memory.give_up(500, 30)),
+        ("and written again", &|| write(510, 10)),
+        ("a page left", &|| assert_eq!(space.migrate(part(range, 3, 1)).unwrap().moved, PageCount::ONE)),
+        ("and was touched", &|| write(3, 1)),
+        ("some may only be read", &|| memory.protect(100, 50, readable)),
+        ("some may not be touched", &|| memory.protect(120, 10, MprotectFlags::empty())),
+        ("and written again, all of it", &|| memory.protect(100, 50, writable)),
+        ("it was shared with a child", &fork),
+        ("some was unmapped", &|| memory.unmap(600, 20)),
+        ("and mapped anew", &|| map_anew(600, 20)),
+        ("and written", &|| write(605, 5)),
+    ];
+    for home in [true, false] {
+        for (what, act) in &acts {
+            if home {
+                come_home();
+            }
+            act();
+            let (there, mappings) = (present(range), space.mappings(range).unwrap());
+            let mut views = vec![UNMAPPED; pages];
+            space.snapshot(range, None, &mut views).unwrap();
+            for (n, page) in range.iter().enumerate() {
+                let mapping = mappings.iter().find(|mapping| mapping.range.contains(page));
+                let expected = match mapping {
+                    Some(mapping) if mapping.read && there[n] && mapping.write => RAM,
+                    Some(mapping) if mapping.read && there[n] => READ_ONLY,
+                    Some(mapping) if mapping.read => PageView::Absent,
+                    _ => UNMAPPED,
+                };
+                // What was given up may be there for a moment longer, and is not counted on.
+                let given_up = views[n] == PageView::Absent && (500..530).contains(&n);
+                assert!(
+                    views[n] == expected || given_up,
+                    "{what}: page {n}: {:?}, not {expected:?}",
+                    views[n]
+                );
+            }
+        }
+        write(0, pages);
+    }
+    space.unwatch(range);
+}
+
+/// A thread that has given pages up finds them told to be there by nobody, however often they come home beside it.
+fn what_came_home_and_was_given_up_is_told_by_nobody(setup: Setup) {
+    let pages = 2 * CHUNK;
+    let space = setup.builder().device(memory(ByteSize::mib(16))).clean_copies(false).build().unwrap();
+    let mut memory = Memory::new(pages);
+    fill(memory.words_mut(0, pages), 23);
+    let range = memory.range();
+    let adopted = memory.adopt(&space);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Acquire) {
+                let _ = space.migrate(range).unwrap();
+                space.prefetch(range).unwrap();
+            }
+        });
+        for round in 0..400 {
+            let (first, count) = (round * 131 % (pages - 64), 1 + round * 17 % 64);
+            let given_up = part(range, first, count);
+            memory.give_up(first, count);
+            let told = |segment: uhmm::mirror::Segment| {
+                assert!(!segment.view().is_valid(), "round {round}: {segment:?}");
+            };
+            space.segments(given_up, None, told).unwrap();
+            for page in first..first + count {
+                // SAFETY: a page of the test's own memory, which nobody else writes.
+                unsafe { memory.page(page).cast::<u64>().write_volatile(round as u64) };
+            }
+            space.segments(given_up, Some(0), |_| ()).unwrap();
+        }
+        over.store(true, Ordering::Release);
+    });
     drop(adopted);
 }
 
