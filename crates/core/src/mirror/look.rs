@@ -4,11 +4,16 @@
 //!         gone for it, and which chunks are known to be in RAM.
 //! How     a page's word says whether it is away, the host's page map whether it is there and how, the mapping
 //!         whether it may be written. A page counts as there only where all three say so. Of a chunk that is known, page
-//!         map and words have been asked before ([`known`](super::known)).
+//!         map and words have been asked before ([`known`](super::known)). Of pages that we put where they are ourselves
+//!         the words say that they are there ([`PageWord::is_installed`]), where the host tells of all that the program
+//!         does to them; behind everybody's back happens what [`known`](super::known) says. Words are passed over where
+//!         no page of a chunk is away ([`PageTable::away`](crate::pagetable::PageTable::away)).
 //! Locks   the layout lock for reading, around the look at the pages of one mapping. What allocates (the list of
 //!         mappings may) is asked before.
 //! Races   a look is old when it ends. It is *consistent*: no change of the program's own had begun, unread, when it
 //!         ended ([`Host::is_changing`]); a page that moves says so in its word, which is read after the page map.
+//!         The kernel carries a discard out a moment after its event was read: a page that other threads filled, had moved
+//!         out and brought home within that moment is told to be there until it is touched.
 //! Fails   nothing here fails. Where there is no room for more segments, the look ends early.
 
 use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, VaRange, Vpn};

@@ -158,6 +158,14 @@ impl Space {
     /// number `own` which of its pages (the kernel's `hmm_range_fault` with nothing asked for). Nobody tells when it is
     /// over.
     ///
+    /// What was done by calls that have returned is told: by the space's own, and by the program's `munmap`, `mremap`,
+    /// `madvise`, `mprotect` and `fork`. What is under way makes pages absent. With [`Engine::Signal`](crate::Engine::Signal),
+    /// and of pages that were not brought home by the space, that is what the system's page map said a moment ago. With
+    /// [`Engine::Threads`](crate::Engine::Threads), pages that the space itself put back into RAM are told to be there
+    /// without a look at the page map, because every change of theirs is heard. So of these it is not told that the system
+    /// has swapped one out, joined them to a huge page or lost one to a memory error, nor that the program has put guard
+    /// pages there (`MADV_GUARD_INSTALL`): a touch of their addresses finds what it would find anyway.
+    ///
     /// # Errors
     /// [`RangeFaultError::Outside`].
     ///
