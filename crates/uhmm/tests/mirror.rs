@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::child::{expect_well, fork};
 use common::deaf::Deaf;
 use common::{
     Memory, PAGE, Setup, WORDS, check, check_from, eventually, expect_places, fill, memory, part, settle,
@@ -490,15 +491,6 @@ fn what_came_home_is_told_as_the_system_has_it(setup: Setup) {
         // SAFETY: pages of the test's own memory that may be written.
         (first..first + pages).for_each(|page| unsafe { memory.page(page).cast::<u64>().write_volatile(1) });
     };
-    let fork = || {
-        // SAFETY: the child does nothing but end.
-        match unsafe { libc::fork() } {
-            // SAFETY: as above.
-            0 => unsafe { libc::_exit(0) },
-            // SAFETY: waits for that child.
-            child => assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child),
-        }
-    };
     let map_anew = |first: usize, pages: usize| {
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
         // SAFETY: replaces pages of the test's own memory.
@@ -513,7 +505,7 @@ fn what_came_home_is_told_as_the_system_has_it(setup: Setup) {
         ("some may only be read", &|| memory.protect(100, 50, readable)),
         ("some may not be touched", &|| memory.protect(120, 10, MprotectFlags::empty())),
         ("and written again, all of it", &|| memory.protect(100, 50, writable)),
-        ("it was shared with a child", &fork),
+        ("it was shared with a child", &|| expect_well(fork(|| true))),
         ("some was unmapped", &|| memory.unmap(600, 20)),
         ("and mapped anew", &|| map_anew(600, 20)),
         ("and written", &|| write(605, 5)),
@@ -524,6 +516,8 @@ fn what_came_home_is_told_as_the_system_has_it(setup: Setup) {
                 come_home();
             }
             act();
+            // A thread goes on as soon as its page is there, a moment before that is known of it.
+            settle(&space, range);
             let (there, mappings) = (present(range), space.mappings(range).unwrap());
             let mut views = vec![UNMAPPED; pages];
             space.snapshot(range, None, &mut views).unwrap();
