@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use uhmm::{Device, MemDevice, MemoryType, PageCount, Transfer, TransferError};
-use uhmm_core::device::DevicePage;
+use uhmm::{Device, DevicePage, MemDevice, MemoryType, PageCount, Transfer, TransferError};
 
 /// Its pages can be written at any time.
 pub(crate) struct Deaf {
