@@ -53,7 +53,7 @@ pub use ops::PagemapOps;
 pub use page::{PageError, PageRange, PageRef, UniquePages, release_pages};
 pub use poison::{Failure, FailureError, Mapper, Poisoned, Told};
 pub use registry::{Holder, Reader, Registry, UnregisterError};
-pub use set::PagemapSet;
+pub use set::{AddError, MOST_ADDED, PagemapSet};
 pub use shape::{DescriptorMemory, GROUP_PAGES};
 
 use crate::device::{Device, DevicePage, MemoryType};
@@ -267,7 +267,8 @@ impl Pagemap {
         self.stopped.store(stop, core::sync::atomic::Ordering::Release);
     }
 
-    fn is_stopped(&self) -> bool {
+    /// Whether this process takes no more pages of it.
+    pub fn is_stopped(&self) -> bool {
         self.stopped.load(core::sync::atomic::Ordering::Acquire)
     }
 
