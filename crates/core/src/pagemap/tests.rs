@@ -16,6 +16,7 @@ use super::{
 };
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;
+use crate::sync::Ordering;
 
 /// A device that only remembers what was discarded.
 pub(super) struct Discards {
@@ -197,6 +198,29 @@ fn a_guard_keeps_allocation_out() {
 }
 
 #[test]
+fn what_the_killed_have_begun_is_undone() {
+    const BIT_31: u32 = 1 << 31;
+    let counts = Descriptors::owned(Shape { units: 3 * GROUP_PAGES, data: false });
+    let end = |unit: usize| (unit / GROUP_PAGES + 1) * GROUP_PAGES;
+    for group in 0..3 {
+        assert_eq!(counts.allocate_group(end), Some(group * GROUP_PAGES));
+    }
+    assert_eq!(counts.free_all(), 3 * GROUP_PAGES);
+    // Killed while a group was discarded; and between the steps of taking three units: counted in the group alone.
+    assert_eq!(counts.guard_idle_group(), Some(0));
+    assert_ne!(counts.group(0).load(Ordering::Relaxed) & BIT_31, 0);
+    counts.group(GROUP_PAGES).fetch_add(3, Ordering::Relaxed);
+    assert_eq!((counts.live(), counts.allocate_group(end)), (0, Some(2 * GROUP_PAGES)), "neither of the two");
+    assert_eq!(counts.free_all(), GROUP_PAGES);
+    assert_eq!([counts.guard_idle_group(), counts.guard_idle_group()], [Some(0), Some(1)], "to be discarded");
+    counts.unguard(0);
+    counts.unguard(1);
+    let groups = [0; 4].map(|_| counts.allocate_group(end).map(|first| first / GROUP_PAGES));
+    assert_eq!(groups, [Some(0), Some(1), Some(2), None]);
+    assert_eq!(counts.live(), 3 * GROUP_PAGES);
+}
+
+#[test]
 fn processes_that_share_the_descriptors_share_the_pages() {
     let device = device(16, false);
     let mut memory = vec![0_u64; DescriptorMemory::bytes_for(PageCount::new(16)).div_ceil(8)];
@@ -257,7 +281,7 @@ fn what_is_added_is_found_and_what_does_not_fit_is_refused() {
     assert_eq!(set.add(more.clone()), Err(AddError::TooMany));
     assert!(set.get(1 + MOST_ADDED).is_none());
     drop(set);
-    assert_eq!([&first, &second, &more].map(|map| Arc::strong_count(map)), [1; 3], "freed with the set");
+    assert_eq!([&first, &second, &more].map(Arc::strong_count), [1; 3], "freed with the set");
 }
 
 #[test]

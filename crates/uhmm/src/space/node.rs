@@ -13,8 +13,11 @@
 //! Pages   that the device says are lost ([`Device::report_failures`]) are never given out again, and a touch of one that
 //!         is in use raises SIGBUS.
 //! Owns    the device, until it is removed or the space ends.
-//! Locks   `Nodes::list`, a list; nothing is called while it is held, and no handler takes it. A plug's lock is held for
-//!         reading around transfers; for writing only when no page is in use, so that nobody waits for it.
+//! Locks   `Nodes::list`; while it is held the kernel is asked to watch a node's memory, and the pagemap is added; no
+//!         device is called, and no handler takes it. A plug's lock is held for reading around transfers; for writing only
+//!         when no page is in use, nor can be, so that nobody waits for it.
+//! Races   *a node is removed while pages are about to be moved to it*: who took pages before the allocation was stopped is
+//!         seen by the drain, and who takes some later gives them back ([`Pagemap::stop_allocation`]).
 //! Fails   [`AddMemoryError`] and [`RemoveMemoryError`]; then everything is as before.
 
 use std::any::Any;

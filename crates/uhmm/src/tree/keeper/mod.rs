@@ -21,7 +21,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use uhmm_addr::PageCount;
 use uhmm_sys::socket::{Connection, MAX_FDS};
 
 pub use tree::{Tree, TreeError, TreeOptions};
@@ -60,6 +59,8 @@ struct Keeper {
     free: Vec<u32>,
     totals: Totals,
     quiet_since: Instant,
+    /// Whether nothing is left of those who were here.
+    swept: bool,
     trimmed: Instant,
 }
 
@@ -203,16 +204,18 @@ impl Keeper {
     }
 
     /// Frees what no table accounts for, once there is no table: what a process held in its own memory when it
-    /// was killed.
-    fn sweep(&self) {
+    /// was killed, and what it had begun, which no count tells of. Once is enough until somebody comes.
+    fn sweep(&mut self) {
         let nobody = self.agents.is_empty()
+            && self.newcomers.is_empty()
             && self.orphans.is_empty()
             && self.held.is_empty()
             && self.departed.is_empty();
-        if nobody && self.tree.pagemap.live() != PageCount::ZERO {
-            // SAFETY: the keeper's pagemap is in no registry.
+        if nobody && !self.swept {
+            // SAFETY: the keeper's pagemap is in no registry, and nobody else is there who has its descriptors.
             unsafe { self.tree.pagemap.free_all() };
         }
+        self.swept = nobody;
     }
 }
 
