@@ -238,8 +238,8 @@ impl PeerTransfer {
 
 /// Who is told of pages that a device has lost ([`Device::report_failures`]).
 pub trait Failures: Send + Sync {
-    /// These pages are lost: reading them fails from now on, and nothing is to be put there. Called with no lock of the
-    /// device's held, by a thread that may wait, never by one that serves faults.
+    /// These pages are lost: reading them fails from now on, and nothing is to be put there. Called by a thread that may
+    /// wait, never by one that serves faults, and with no lock of the device's held that a transfer takes.
     fn lost(&self, page: DevicePage, pages: PageCount);
 }
 

@@ -44,6 +44,8 @@ const SCAN_PAGES: PageCount = PageCount::new(4 * CHUNK_PAGES);
 const REGIONS: usize = 64;
 /// Pages that are staged in one go.
 const STAGE_BATCH: PageCount = PageCount::new(128);
+/// Batches after which a full node is looked at again from which nothing could be demoted: a look is a walk.
+const NODE_REST: u32 = 64;
 /// Pages that are released in one go.
 const RELEASE_BATCH: PageCount = PageCount::new(32);
 /// Bytes that a program writes to fresh memory in a microsecond, at the most.
@@ -66,6 +68,8 @@ pub struct Reclaimer {
     nodes: Option<Arc<Nodes>>,
     /// Where the last look for pages of nodes ended.
     node_hand: Vpn,
+    /// Batches that go to the device without another look at nodes from which nothing could be demoted.
+    node_rest: u32,
     /// What demotions go through; made when one is needed.
     scratch: Option<(Scratch, Mapping)>,
 }
@@ -76,7 +80,18 @@ impl Reclaimer {
         let regions = Box::new([Region::UNUSED; REGIONS]);
         let (hand, node_hand) = (Vpn::new(0), Vpn::new(0));
         let staged = VecDeque::new();
-        Self { managed, to, hand, lap: 0, staged, regions, nodes: None, node_hand, scratch: None }
+        Self {
+            managed,
+            to,
+            hand,
+            lap: 0,
+            staged,
+            regions,
+            nodes: None,
+            node_hand,
+            node_rest: 0,
+            scratch: None,
+        }
     }
 
     /// The same, with the nodes before the device: pages go to a node as long as one has room, and from full nodes to the
@@ -225,19 +240,27 @@ impl Reclaimer {
         if let Some(found) = found() {
             return Some(found);
         }
-        for node in nodes.online() {
-            self.demote(&node, wanted);
+        if self.node_rest > 0 {
+            self.node_rest -= 1;
+            return None;
         }
-        found()
+        for node in nodes.online() {
+            if !self.demote(&node, wanted).is_zero() {
+                return found();
+            }
+        }
+        self.node_rest = NODE_REST;
+        None
     }
 
     /// Sends about `wanted` pages of a node on to the device. Which of them were used lately nobody knows where they are
     /// mapped in place, and where they are not none was: they go round by round, in the order of their addresses.
-    fn demote(&mut self, node: &Pagemap, wanted: PageCount) {
+    /// Returns how many went.
+    fn demote(&mut self, node: &Pagemap, wanted: PageCount) -> PageCount {
         if self.scratch.is_none() {
             self.scratch = Managed::scratch().ok();
         }
-        let Some((scratch, _)) = &mut self.scratch else { return };
+        let Some((scratch, _)) = &mut self.scratch else { return PageCount::ZERO };
         let mm = self.managed.mm();
         let (mut moved, mut rounds) = (PageCount::ZERO, 0);
         while moved < wanted && rounds < 2 {
@@ -260,6 +283,7 @@ impl Reclaimer {
                 self.node_hand = part.end_page();
             }
         }
+        moved
     }
 
     fn write_to(&mut self, to: &Arc<Pagemap>, count: usize) -> WriteBack {

@@ -14,8 +14,8 @@
 //!          leaves what was there, which no later node shows to anybody.
 //! Owns     the claim to the namespace, so that nobody resizes, reconfigures or destroys it: whoever tries is told which
 //!          process has it. A thread that follows the labels, for pages that others say are bad.
-//! Locks    `marks`, while the labels are followed and those told who want to know what is lost. Transfers take none: what
-//!          is bad is a bit for each page.
+//! Locks    `following`, while the labels are followed and those told who want to know what is lost; inside it `marks`, what
+//!          is known, under which nobody is called. Transfers take neither: what is bad is a bit for each page.
 //! Fails    with a [`DeviceError`]; transfers of bad pages with `EIO`.
 //! Source   `drivers/dax/kmem.c`; `mm/memory-failure.c` for what becomes of bad pages.
 
@@ -72,6 +72,8 @@ struct Ram {
     any_bad: AtomicBool,
     bad: Box<[AtomicU64]>,
     marks: Mutex<Marks>,
+    /// One follower at a time, until he has told: whoever comes next finds that everybody knows.
+    following: Mutex<()>,
 }
 
 impl std::fmt::Debug for Ram {
@@ -107,6 +109,7 @@ impl SystemRam {
             any_bad: AtomicBool::new(false),
             bad: (0..pages.get().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             marks: Mutex::default(),
+            following: Mutex::default(),
             source,
         });
         ram.follow()?;
@@ -129,6 +132,7 @@ impl SystemRam {
         if let Some((store, claim)) = &self.ram.source.store {
             store.mark(claim.namespace().id, offset, len, true)?;
         }
+        // The thread that follows may have seen it first; then this waits until it has told.
         self.ram.follow()
     }
 
@@ -180,6 +184,7 @@ impl Ram {
     /// lost what was on it.
     fn follow(&self) -> Result<(), ChangeError> {
         let Some((store, claim)) = &self.source.store else { return Ok(()) };
+        let _alone = self.following.lock().unwrap_or_else(PoisonError::into_inner);
         let (new, listeners) = {
             let mut marks = self.lock_marks();
             let now = store.table()?.bad_of(claim.namespace());

@@ -7,8 +7,9 @@
 //! Locks   none of its own beyond those of [`Managed`]; methods may be called from any thread.
 //! Fails   each operation has its own small error; pages that did not move are counted by reason.
 //! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are, and
-//!         `pins` keeps them there; `adoption` is memory that was there before, `node` memory that is added and removed, `program` what the
-//!         program maps as it likes, `detach` what it has of files; `migration` moves the pages of a range, `evacuation` those of a device;
+//!         `pins` keeps them there; `adoption` is memory that was there before, `program` what the program maps as it
+//!         likes, `detach` what it has of files; `migration` moves the pages of a range, `evacuation` those of a device;
+//!         `node` is slower memory that is added and removed;
 //!         [`mirror`] is for a device's own page table, [`userptr`] for a device's single jobs, [`dma`] for the addresses
 //!         that it uses. Here are the other operations.
 //!

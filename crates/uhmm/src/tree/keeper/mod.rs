@@ -196,6 +196,7 @@ impl Keeper {
             }
             !due
         });
+        self.swept &= self.is_deserted();
         if self.trimmed.elapsed() >= TRIM {
             self.trimmed = Instant::now();
             self.sweep();
@@ -206,16 +207,21 @@ impl Keeper {
     /// Frees what no table accounts for, once there is no table: what a process held in its own memory when it
     /// was killed, and what it had begun, which no count tells of. Once is enough until somebody comes.
     fn sweep(&mut self) {
-        let nobody = self.agents.is_empty()
+        if !self.is_deserted() || self.swept {
+            return;
+        }
+        // SAFETY: the keeper's pagemap is in no registry, and nobody else is there who has its descriptors.
+        unsafe { self.tree.pagemap.free_all() };
+        self.swept = true;
+    }
+
+    /// Whether there is nobody who has, or may be about to get, pages of the device.
+    fn is_deserted(&self) -> bool {
+        self.agents.is_empty()
             && self.newcomers.is_empty()
             && self.orphans.is_empty()
             && self.held.is_empty()
-            && self.departed.is_empty();
-        if nobody && !self.swept {
-            // SAFETY: the keeper's pagemap is in no registry, and nobody else is there who has its descriptors.
-            unsafe { self.tree.pagemap.free_all() };
-        }
-        self.swept = nobody;
+            && self.departed.is_empty()
     }
 }
 
