@@ -169,7 +169,9 @@ impl Builder {
         })?);
         let stops = (0..pagemaps.len() + MOST_ADDED).map(|_| Lock::new(0)).collect();
         let nodes = Arc::new(Nodes::new(start));
-        let mut inner = Inner { managed, nodes, stops, membership: None, crew: None, threads: Vec::new() };
+        let limited = self.ram.is_some();
+        let mut inner =
+            Inner { managed, nodes, limited, stops, membership: None, crew: None, threads: Vec::new() };
         match self.engine {
             Engine::Signal => inner.membership = Some(signal::enlist(inner.managed.clone())?),
             Engine::Threads => inner.start_handlers()?,

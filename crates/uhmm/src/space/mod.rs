@@ -123,6 +123,8 @@ pub struct Space {
 pub(crate) struct Inner {
     pub(crate) managed: Arc<Managed>,
     nodes: Arc<Nodes>,
+    /// Whether resident memory has a limit; then there is a device.
+    limited: bool,
     stops: Vec<evacuation::Stops>,
     membership: Option<Membership>,
     crew: Option<Arc<Crew>>,

@@ -234,6 +234,9 @@ impl Space {
     /// Takes node number `node` from the space: nothing is moved to it any more, what it has comes home, for as long as
     /// `patience` says, and its device is let go of. Its number is nobody's from then on.
     ///
+    /// In a space with a limit ([`Builder::ram`](super::Builder::ram)) what it has goes to the first device, and comes home
+    /// where that has no room: RAM is what the program competes for, and would have to be made room in first.
+    ///
     /// # Errors
     /// [`RemoveMemoryError::InUse`], with the pins that keep pages on it; then it can be used as before.
     pub fn remove_memory(&self, node: usize, patience: Duration) -> Result<(), RemoveMemoryError> {
@@ -253,7 +256,8 @@ impl Space {
             entry.state = State::Removing;
             (entry.map.clone(), entry.plug.clone())
         };
-        let drained = match self.drain(node, patience) {
+        let onto = self.inner.limited.then_some(0);
+        let drained = match self.drain_onto(node, onto, patience) {
             Ok(drained) => drained,
             Err(error) => {
                 self.inner.nodes.set(node, State::Online);
