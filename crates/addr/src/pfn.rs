@@ -24,9 +24,9 @@ impl Pfn {
         self.0
     }
 
-    /// The page `count` pages further on.
+    /// The page `count` pages further on; past the last number there is, that one, which is no page's.
     pub const fn forward(self, count: PageCount) -> Self {
-        Self(self.0 + count.get() as u64)
+        Self(self.0.saturating_add(count.get() as u64))
     }
 
     /// Pages from `earlier` to this one; zero when `earlier` is not earlier.

@@ -12,6 +12,7 @@
 //! `read` is called by fault handlers: it must not allocate, log, touch managed memory, or wait for a lock
 //! that a thread may hold while it touches managed memory (rule R7).
 
+use alloc::sync::Arc;
 use core::any::Any;
 use core::fmt;
 use core::ptr::NonNull;
@@ -235,6 +236,13 @@ impl PeerTransfer {
     }
 }
 
+/// Who is told of pages that a device has lost ([`Device::report_failures`]).
+pub trait Failures: Send + Sync {
+    /// These pages are lost: reading them fails from now on, and nothing is to be put there. Called by a thread that may
+    /// wait, never by one that serves faults, and with no lock of the device's held that a transfer takes.
+    fn lost(&self, page: DevicePage, pages: PageCount);
+}
+
 /// Memory that can hold pages, with the engine that copies them.
 pub trait Device: Send + Sync {
     /// What people call it: its URL.
@@ -289,5 +297,11 @@ pub trait Device: Send + Sync {
     /// fail.
     fn zero(&self, page: DevicePage, pages: PageCount) -> Result<(), TransferError> {
         self.discard(page, pages)
+    }
+
+    /// Tells `to` of every page that is lost: of those that are, before this returns; of others as soon as that is known.
+    /// By default there is nothing to tell, and a page is found to be lost when it cannot be read.
+    fn report_failures(&self, to: Arc<dyn Failures>) {
+        drop(to);
     }
 }

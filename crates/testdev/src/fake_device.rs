@@ -20,6 +20,7 @@ use uhmm_core::device::{
 use crate::sim_host::memory::Memory;
 
 const ENXIO: i32 = 6;
+const EIO: i32 = 5;
 
 /// What a transfer is about to do, for the hook of [`FakeDevice::on_transfer`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,6 +54,8 @@ struct Plan {
     fail: Option<(u64, TransferError)>,
     /// Pages that may still be written.
     room: Option<usize>,
+    /// Pages that cannot be read.
+    lost: Vec<DevicePage>,
 }
 
 impl FakeDevice {
@@ -115,6 +118,11 @@ impl FakeDevice {
     /// [`TransferError::Full`]. A discard makes as much room as it names.
     pub fn full_after(&self, pages: PageCount) {
         lock(&self.plan).room = Some(pages.get());
+    }
+
+    /// From now on page `page` cannot be read.
+    pub fn lose(&self, page: DevicePage) {
+        lock(&self.plan).lost.push(page);
     }
 
     /// Writes never fill it any more.
@@ -242,7 +250,10 @@ impl Device for FakeDevice {
     fn read(&self, batch: &mut [Transfer]) {
         for transfer in batch {
             self.reads.fetch_add(1, Ordering::Relaxed);
-            if let Err(error) = self.one(FakeAccess::Read, transfer) {
+            let pages = transfer.page().0..transfer.page().0.saturating_add(transfer.pages().get() as u64);
+            if lock(&self.plan).lost.iter().any(|lost| pages.contains(&lost.0)) {
+                transfer.fail(TransferError::Io(EIO));
+            } else if let Err(error) = self.one(FakeAccess::Read, transfer) {
                 transfer.fail(error);
             }
         }

@@ -469,3 +469,35 @@ fn a_page_in_place_is_told_of_when_it_is_taken_off() {
     bed.check(0, 6);
     bed.check_nothing_leaked();
 }
+
+#[test]
+fn a_page_that_is_lost_is_taken_from_the_program_and_mapped_no_more() {
+    for mapped in [true, false] {
+        let bed = placed(setup(), 8);
+        // Mapped, or waiting on the device for a touch.
+        if !mapped {
+            assert_eq!(recall(&bed, 0, 8).moved.get(), 8);
+            assert_eq!(bed.migrate_from(0, 8, &bed.other_map, &Sources::RAM).moved.get(), 8);
+        }
+        let pfn = bed.word(3).pfn().unwrap();
+        bed.other_map.memory_failure(pfn).unwrap();
+        bed.mm.unmap_lost(PfnRange::new(pfn, PageCount::ONE));
+        assert_eq!(bed.word(3).state(), State::Device);
+        assert!(!bed.host().is_present(page_at(3)) && bed.host().is_present(page_at(4)));
+        // As a device does that knows of it.
+        bed.other.lose(bed.other_map.device_page(pfn));
+        assert!(bed.program.load(page_at(3)).is_err());
+        assert_eq!(states(&bed, 0, 8).iter().filter(|state| **state == State::Coherent).count(), 7);
+        assert_eq!(bed.word(3).state(), State::Poisoned);
+        bed.check(0, 3);
+        bed.check(4, 4);
+        // Its place is given to nobody.
+        let room = bed.other_map.range().pages.minus(bed.other_map.live());
+        let mut got = PageCount::ZERO;
+        while let Some(more) = bed.other_map.allocate(PageCount::new(64)) {
+            assert!(!more.contains(pfn));
+            got = got.plus(more.pages);
+        }
+        assert_eq!(got, room.minus(PageCount::ONE));
+    }
+}

@@ -7,6 +7,8 @@
 //!         that are expected back soon ([`reuse`](uhmm_core::pagetable::reuse)).
 //! Lent    pages that a device has for itself have their turn like others; the device is told, and asks again if it
 //!         needs them. Were they spared, little else would be left to choose from.
+//! Nodes   memory that was added ([`Space::add_memory`](crate::Space::add_memory)) lies between RAM and the device: pages
+//!         are demoted to it first, and from it when it is full (the kernel's `demote_folio_list`).
 //! Budget  counted is what the gauge counts; faults may take as many pages from the system as are left (the
 //!         allowance of [`Mm`](uhmm_core::mm::Mm)), and a fault beyond that waits until the governor has made
 //!         room. That is back-pressure: a handler cannot starve the evictor.
@@ -20,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use uhmm_addr::{CHUNK_PAGES, PageCount, VaRange, Vpn};
+use uhmm_core::fault::Scratch;
 use uhmm_core::frame::Slot;
 use uhmm_core::migrate::{Select, WriteBack};
 use uhmm_core::mm::Epoch;
@@ -27,10 +30,12 @@ use uhmm_core::pagemap::Pagemap;
 use uhmm_core::pagetable::reuse::{MOST_LAPS, STEPS};
 use uhmm_core::stats::{Skip, Skipped};
 use uhmm_sys::clock::now;
+use uhmm_sys::mapping::Mapping;
 use uhmm_sys::placement::Binding;
 use uhmm_sys::scan::Region;
 
 use crate::managed::Managed;
+use crate::space::Nodes;
 
 /// Pages written in one go: 1 MiB.
 const WRITE_BATCH: usize = 256;
@@ -39,6 +44,8 @@ const SCAN_PAGES: PageCount = PageCount::new(4 * CHUNK_PAGES);
 const REGIONS: usize = 64;
 /// Pages that are staged in one go.
 const STAGE_BATCH: PageCount = PageCount::new(128);
+/// Batches after which a full node is looked at again from which nothing could be demoted: a look is a walk.
+const NODE_REST: u32 = 64;
 /// Pages that are released in one go.
 const RELEASE_BATCH: PageCount = PageCount::new(32);
 /// Bytes that a program writes to fresh memory in a microsecond, at the most.
@@ -57,13 +64,40 @@ pub struct Reclaimer {
     lap: u32,
     staged: VecDeque<Slot>,
     regions: Box<[Region; REGIONS]>,
+    /// What lies between RAM and the device.
+    nodes: Option<Arc<Nodes>>,
+    /// Where the last look for pages of nodes ended.
+    node_hand: Vpn,
+    /// Batches that go to the device without another look at nodes from which nothing could be demoted.
+    node_rest: u32,
+    /// What demotions go through; made when one is needed.
+    scratch: Option<(Scratch, Mapping)>,
 }
 
 impl Reclaimer {
     /// A reclaimer that evicts pages of `managed` to `to`.
     pub fn new(managed: Arc<Managed>, to: Arc<Pagemap>) -> Self {
         let regions = Box::new([Region::UNUSED; REGIONS]);
-        Self { managed, to, hand: Vpn::new(0), lap: 0, staged: VecDeque::new(), regions }
+        let (hand, node_hand) = (Vpn::new(0), Vpn::new(0));
+        let staged = VecDeque::new();
+        Self {
+            managed,
+            to,
+            hand,
+            lap: 0,
+            staged,
+            regions,
+            nodes: None,
+            node_hand,
+            node_rest: 0,
+            scratch: None,
+        }
+    }
+
+    /// The same, with the nodes before the device: pages go to a node as long as one has room, and from full nodes to the
+    /// device.
+    pub(crate) fn before(self, nodes: Arc<Nodes>) -> Self {
+        Self { nodes: Some(nodes), ..self }
     }
 
     /// The address space.
@@ -177,12 +211,85 @@ impl Reclaimer {
         looked_at
     }
 
-    /// Writes the oldest staged pages, about `want` of them, to the device; their frames are free then.
+    /// Writes the oldest staged pages, about `want` of them, to a node or the device; their frames are free then.
     pub fn write_back(&mut self, want: PageCount) -> WriteBack {
         let count = want.get().min(WRITE_BATCH).min(self.staged.len());
+        if let Some((node, room)) = self.node_with_room(PageCount::new(count)) {
+            let written = self.write_to(&node, count.min(room.get()));
+            // Its room may be gone, or it fails: the device is there for that.
+            if written.full.is_zero() && written.failed.is_zero() {
+                return written;
+            }
+            let rest = self.write_to(&self.to.clone(), written.full.plus(written.failed).get());
+            let (moved, raced) = (written.moved.plus(rest.moved), written.raced.plus(rest.raced));
+            return WriteBack { moved, raced, ..rest };
+        }
+        self.write_to(&self.to.clone(), count)
+    }
+
+    /// A node with room, for `wanted` pages if that can be had by demoting others, and how much there is.
+    fn node_with_room(&mut self, wanted: PageCount) -> Option<(Arc<Pagemap>, PageCount)> {
+        let nodes = self.nodes.clone()?;
+        let found = || {
+            let rooms = nodes.online().into_iter().map(|map| {
+                let room = room_on(&map);
+                (map, room)
+            });
+            rooms.into_iter().find(|(_, room)| !room.is_zero())
+        };
+        if let Some(found) = found() {
+            return Some(found);
+        }
+        if self.node_rest > 0 {
+            self.node_rest -= 1;
+            return None;
+        }
+        for node in nodes.online() {
+            if !self.demote(&node, wanted).is_zero() {
+                return found();
+            }
+        }
+        self.node_rest = NODE_REST;
+        None
+    }
+
+    /// Sends about `wanted` pages of a node on to the device. Which of them were used lately nobody knows where they are
+    /// mapped in place, and where they are not none was: they go round by round, in the order of their addresses.
+    /// Returns how many went.
+    fn demote(&mut self, node: &Pagemap, wanted: PageCount) -> PageCount {
+        if self.scratch.is_none() {
+            self.scratch = Managed::scratch().ok();
+        }
+        let Some((scratch, _)) = &mut self.scratch else { return PageCount::ZERO };
+        let mm = self.managed.mm();
+        let (mut moved, mut rounds) = (PageCount::ZERO, 0);
+        while moved < wanted && rounds < 2 {
+            let Some((range, _)) = self.managed.range_from(self.node_hand) else {
+                rounds += 1;
+                self.node_hand = Vpn::new(0);
+                continue;
+            };
+            let window = range.take(PageCount::new(CHUNK_PAGES - range.first().in_chunk()));
+            self.node_hand = window.end_page();
+            let on_node =
+                |page: Vpn| mm.table().entry(page).load().pfn().is_some_and(|pfn| node.contains(pfn));
+            let Some(first) = window.iter().find(|page| on_node(*page)) else { continue };
+            // As many as are wanted, and no more: the others are read faster where they are.
+            let part = VaRange::of_pages(first, window.end_page().since(first));
+            let part = part.map_or(window, |part| part.take(wanted.minus(moved)));
+            let done = mm.evict_pfns(part, node.range(), Some(&self.to), scratch);
+            moved = moved.plus(done.moved);
+            if !done.moved.is_zero() {
+                self.node_hand = part.end_page();
+            }
+        }
+        moved
+    }
+
+    fn write_to(&mut self, to: &Arc<Pagemap>, count: usize) -> WriteBack {
         let batch: Vec<Slot> = self.staged.drain(..count).collect();
         let mut again = Vec::new();
-        let result = self.managed.mm().write_back(&batch, &self.to, |slot| again.push(slot));
+        let result = self.managed.mm().write_back(&batch, to, |slot| again.push(slot));
         for slot in again.into_iter().rev() {
             self.staged.push_front(slot);
         }
@@ -204,6 +311,15 @@ impl Reclaimer {
         }
         released
     }
+}
+
+/// Pages that can be put on a node.
+fn room_on(node: &Pagemap) -> PageCount {
+    if node.is_stopped() {
+        return PageCount::ZERO;
+    }
+    let bad: usize = node.bad_pages().iter().map(|bad| bad.pages.get()).sum();
+    node.range().pages.minus(node.live()).minus(PageCount::new(bad))
 }
 
 /// Lets a faulter or a handler have the processor, whichever waits for it here: the scheduler would let an eviction go

@@ -70,7 +70,7 @@ pub(crate) enum DaxVerb {
         /// In which pages it is mapped: 4K, 2M or 1G
         #[arg(long, short, value_name = "ALIGN")]
         align: Option<Align>,
-        /// What it is for: devdax, fsdax or system-ram
+        /// What it is for: devdax (mapped by programs), fsdax (files) or system-ram (slower RAM of a space)
         #[arg(long, short, value_name = "MODE", default_value_t)]
         mode: Mode,
         /// What it is called, at most 63 bytes
@@ -119,7 +119,7 @@ pub(crate) enum DaxVerb {
         store: PathBuf,
         /// The namespace, such as dax0.1
         device: Name,
-        /// What it is for: devdax, fsdax or system-ram
+        /// What it is for: devdax (mapped by programs), fsdax (files) or system-ram (slower RAM of a space)
         #[arg(long, short, value_name = "MODE", required_unless_present_any = ["align", "name"])]
         mode: Option<Mode>,
         /// In which pages it is mapped: 4K, 2M or 1G

@@ -44,11 +44,24 @@ enum Way {
 
 impl<H: Host> Mm<H> {
     /// Whether the page with this word is on a coherent device, and can be mapped in place. A page that was pinned while
-    /// it was away comes home.
+    /// it was away comes home; one that is lost is not mapped.
     pub(crate) fn is_mappable(&self, word: PageWord) -> bool {
         word.state() == State::Device
             && !word.is_pinned()
-            && word.pfn().is_some_and(|pfn| self.pagemaps.of(pfn).memory().is_some())
+            && word.pfn().is_some_and(|pfn| {
+                let map = self.pagemaps.of(pfn);
+                map.memory().is_some() && !map.is_poisoned(pfn)
+            })
+    }
+
+    /// Takes from the program what it has mapped of these device pages, which are lost ([`Pagemap::memory_failure`]): the
+    /// next touch asks the device for them, and fails. What cannot be taken off now (it is pinned, or its mapping may not
+    /// be written) stays mapped. Not for threads that serve faults.
+    pub fn unmap_lost(&self, pages: PfnRange) {
+        let lost = |word: PageWord| !word.is_pinned() && word.pfn().is_some_and(|pfn| pages.contains(pfn));
+        for part in self.table.used(self.table.range()) {
+            self.take_off_all(part, None, lost);
+        }
     }
 
     /// Maps the page in place, and those that follow it on the device as they do here, `most` in all.

@@ -22,7 +22,7 @@ use super::shape::Shape;
 use super::{DescriptorMemory, Pagemap, place_of};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;
-use crate::sync::{AtomicUsize, Park};
+use crate::sync::{AtomicU32, AtomicUsize, Park};
 
 /// Units that can be counted: more would not fit the shards.
 const MOST_UNITS: usize = 1 << 34;
@@ -142,8 +142,9 @@ impl PagemapBuilder {
     /// `vmem_altmap`), which are mapped at `memory`. These pages cannot be used for anything else.
     ///
     /// # Safety
-    /// `memory` must hold `reserved` pages, be aligned to 8, zero where nobody stored anything, accessed by nobody
-    /// else, and valid as long as the pagemap, and any handle of its pages, lives.
+    /// `memory` must hold `reserved` pages, be aligned to 8, all zero when the pagemap is registered, and that anew each
+    /// time: what an earlier pagemap has left there is no first state. It must be accessed by nobody else, and valid as
+    /// long as the pagemap, and any handle of its pages, lives.
     pub const unsafe fn descriptors_on_device(
         mut self,
         memory: DescriptorMemory,
@@ -237,7 +238,7 @@ impl PagemapBuilder {
             name: self.name,
             ops: self.ops,
             descriptors,
-            stopped: AtomicBool::new(false),
+            stopped: AtomicU32::new(0),
             registered: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             cursor: AtomicUsize::new(0),

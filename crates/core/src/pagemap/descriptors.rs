@@ -121,7 +121,7 @@ impl Descriptors {
         self.shape.groups()
     }
 
-    fn group(&self, unit: usize) -> &AtomicU32 {
+    pub(super) fn group(&self, unit: usize) -> &AtomicU32 {
         self.word(SHARDS * SHARD_WORDS + unit / GROUP_PAGES)
     }
 
@@ -297,7 +297,11 @@ impl Descriptors {
     pub(super) fn get(word: &AtomicU32) {
         let before = word.fetch_add(1, Ordering::Relaxed);
         debug_assert!(before & COUNT > 0, "a reference to the free page");
-        assert!(before & COUNT < MOST, "a page has {} references", before & COUNT);
+        if before & COUNT >= MOST {
+            // Whoever catches the panic has no reference.
+            word.fetch_sub(1, Ordering::Relaxed);
+            panic!("a page has {} references", before & COUNT);
+        }
     }
 
     /// A reference to a unit that somebody uses; to one that is free, if `free`, which makes it live.
@@ -433,11 +437,13 @@ impl Descriptors {
         self.leave(unit, 1)
     }
 
+    /// Makes every unit free, and undoes what was begun: who was killed while he discarded a group has left it guarded,
+    /// and who was killed while he took units has left them counted in their group, perhaps in no shard.
     pub(super) fn free_all(&self) -> usize {
         let mut freed = 0;
         for first in (0..self.groups()).map(|group| group * GROUP_PAGES) {
             let seen = self.group(first).load(Ordering::Acquire);
-            if seen & LIVE == 0 {
+            if seen & (LIVE | GUARD) == 0 {
                 continue;
             }
             for unit in first..self.shape.units.min(first + GROUP_PAGES) {

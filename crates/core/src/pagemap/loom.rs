@@ -434,3 +434,22 @@ fn a_page_that_is_transferred_is_given_to_nobody() {
         group.assert_empty();
     });
 }
+
+#[test]
+fn of_an_empty_device_that_is_stopped_no_page_is_taken() {
+    ::loom::model(|| {
+        let registry = Registry::new(Arc::new(Spin));
+        let range = PfnRange::new(Pfn::new(0), PageCount::new(CHUNK_PAGES));
+        let map = registry.register(Pagemap::builder("node", MemoryType::Generic).range(range)).unwrap();
+        let other = map.clone();
+        let taker = thread::spawn(move || other.allocate(PageCount::ONE));
+        map.stop_allocation(true);
+        let empty = map.live().is_zero();
+        let taken = taker.join().unwrap();
+        assert!(!empty || taken.is_none(), "the device is gone, and a page of it in use");
+        assert_eq!(map.live(), taken.map_or(PageCount::ZERO, |taken| taken.pages));
+        // SAFETY: the reference of the allocation; there is no handle.
+        taken.into_iter().for_each(|taken| unsafe { map.put_counted(taken) });
+        registry.unregister(&map, &mut |_| false).unwrap();
+    });
+}

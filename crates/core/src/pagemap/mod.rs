@@ -53,12 +53,12 @@ pub use ops::PagemapOps;
 pub use page::{PageError, PageRange, PageRef, UniquePages, release_pages};
 pub use poison::{Failure, FailureError, Mapper, Poisoned, Told};
 pub use registry::{Holder, Reader, Registry, UnregisterError};
-pub use set::PagemapSet;
+pub use set::{AddError, MOST_ADDED, PagemapSet};
 pub use shape::{DescriptorMemory, GROUP_PAGES};
 
 use crate::device::{Device, DevicePage, MemoryType};
 use crate::notifier::Owner;
-use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park};
+use crate::sync::{AtomicU32, AtomicU64, AtomicUsize, Ordering, Park, fence};
 use descriptors::{Descriptors, Left};
 use ledger::{Entry, Ledger};
 use poison::Bad;
@@ -77,7 +77,7 @@ pub struct Pagemap {
     ops: Option<Arc<dyn PagemapOps>>,
     descriptors: Descriptors,
     // Whether this process gives no page out.
-    stopped: AtomicBool,
+    stopped: AtomicU32,
     // Whether a registry keeps it, so that there can be handles.
     registered: AtomicBool,
     // Whether it is being unregistered, so that no page is found by its number any more.
@@ -135,7 +135,7 @@ impl Pagemap {
             device,
             ops: None,
             descriptors,
-            stopped: AtomicBool::new(false),
+            stopped: AtomicU32::new(0),
             registered: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             cursor: AtomicUsize::new(0),
@@ -150,7 +150,7 @@ impl Pagemap {
         PagemapBuilder::new(name.into(), memory_type)
     }
 
-    /// The same, as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
+    /// This pagemap as `owner`'s: its pages are that owner's own, like those of its other pagemaps.
     #[must_use]
     pub fn owned_by(self, owner: Owner) -> Self {
         Self { owner, ..self }
@@ -262,13 +262,28 @@ impl Pagemap {
         if close { self.descriptors.refuse() } else { self.descriptors.accept() }
     }
 
-    /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4).
+    /// Lets this process take no more pages, or lets it again: for a device that is being emptied (rule R4). Whoever finds
+    /// no page [`live`](Pagemap::live) from then on knows that none is taken, by a call that had begun before either.
     pub fn stop_allocation(&self, stop: bool) {
-        self.stopped.store(stop, core::sync::atomic::Ordering::Release);
+        self.stopped.store(u32::from(stop), Ordering::Release);
+        fence(Ordering::SeqCst);
     }
 
-    fn is_stopped(&self) -> bool {
-        self.stopped.load(core::sync::atomic::Ordering::Acquire)
+    /// Whether this process takes no more pages of it.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire) != 0
+    }
+
+    /// Gives pages that were just taken back if allocation was stopped meanwhile. They were counted live before the flag is
+    /// looked at here, and who stops sets the flag before he counts, with a fence between on both sides: one of the two
+    /// sees the other.
+    fn unless_stopped(&self, first: usize, units: usize) -> Option<(usize, usize)> {
+        fence(Ordering::SeqCst);
+        if self.is_stopped() {
+            self.put_indices(first, units);
+            return None;
+        }
+        Some((first, units))
     }
 
     fn allocate_units(&self, most: PageCount, sole: bool) -> Option<(usize, usize)> {
@@ -280,7 +295,7 @@ impl Pagemap {
         let border = |unit| self.ranges.border(unit);
         let (first, len) = self.descriptors.allocate(from, most, sole, border)?;
         self.cursor.store(first + len, Ordering::Relaxed);
-        Some((first, len))
+        self.unless_stopped(first, len)
     }
 
     /// Allocates up to `most` consecutive pages, at least one compound page, each compound page with one reference.
@@ -290,14 +305,15 @@ impl Pagemap {
         self.allocate_units(most, false).map(|(first, len)| self.ranges.pfns(first, len))
     }
 
-    /// Allocates 512 consecutive compound pages that start at a multiple of 512. `None` if no such group is free.
+    /// Allocates a whole group, 512 consecutive compound pages, each with one reference: of 4K pages, the place of a huge
+    /// page. `None` if no group is free, or allocation stopped.
     #[must_use = "the pages stay allocated until each is put"]
     pub fn allocate_huge(&self) -> Option<PfnRange> {
         if self.is_stopped() {
             return None;
         }
         let first = self.descriptors.allocate_group(|unit| self.ranges.border(unit))?;
-        Some(self.ranges.pfns(first, GROUP_PAGES))
+        self.unless_stopped(first, GROUP_PAGES).map(|(first, units)| self.ranges.pfns(first, units))
     }
 
     /// One more reference to a page that is in use: to its compound page.
@@ -391,10 +407,12 @@ impl Pagemap {
     }
 
     /// Frees every page, whatever its count: for whoever knows that no reference is left, as when every process
-    /// that held some is gone and some were killed while they held them. Returns the pages freed.
+    /// that held some is gone and some were killed while they held them, took some, or gave space back
+    /// ([`Pagemap::trim`]). Returns the pages freed.
     ///
     /// # Safety
-    /// There must be no handle of any page; there is none of a pagemap in no registry.
+    /// There must be no handle of any page, which is so for a pagemap in no registry, and nobody may use the descriptors
+    /// meanwhile.
     pub unsafe fn free_all(&self) -> PageCount {
         PageCount::new(self.descriptors.free_all() << self.geometry().order())
     }

@@ -406,11 +406,16 @@ impl Pagemap {
         }
     }
 
-    /// The first page of `pages` that is in use (`dax_layout_busy_page_range`).
+    /// The first page of `pages` that is in use (`dax_layout_busy_page_range`), in the order of the device's pages. Those
+    /// that are no pages of the pagemap, or hold descriptors, are in nobody's use.
     pub fn first_busy(&self, pages: PfnRange) -> Option<Pfn> {
-        let (first, units) = self.ranges.units_of(pages)?;
-        let (unit, _) = self.descriptors.in_use(first, first + units).next()?;
-        let head = self.ranges.pfn_of(self.ranges.head(unit));
-        Some(if head < pages.start { pages.start } else { head })
+        let skipped = |range: PfnRange| if range == self.range() { self.reserved() } else { PageCount::ZERO };
+        self.ranges().find_map(|range| {
+            let start = range.start.forward(skipped(range)).max(pages.start);
+            let end = range.end().min(pages.end());
+            let (first, units) = self.ranges.units_of(PfnRange::new(start, end.since(start)))?;
+            let (unit, _) = self.descriptors.in_use(first, first + units).next()?;
+            Some(self.ranges.pfn_of(self.ranges.head(unit)).max(start))
+        })
     }
 }

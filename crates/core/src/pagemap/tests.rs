@@ -10,9 +10,13 @@ use uhmm_addr::{CHUNK_PAGES, Geometry, PageCount, Pfn, PfnRange};
 use super::descriptors::{Descriptors, Left};
 use super::resource::ResourceKind;
 use super::shape::Shape;
-use super::{DescriptorMemory, GROUP_PAGES, PageError, Pagemap, PagemapSet, Registry, UnregisterError};
+use super::{
+    AddError, DescriptorMemory, GROUP_PAGES, MOST_ADDED, PageError, Pagemap, PagemapSet, Registry,
+    UnregisterError,
+};
 use crate::device::{Device, DevicePage, MemoryType, Transfer, TransferError};
 use crate::notifier::Owner;
+use crate::sync::Ordering;
 
 /// A device that only remembers what was discarded.
 pub(super) struct Discards {
@@ -194,6 +198,29 @@ fn a_guard_keeps_allocation_out() {
 }
 
 #[test]
+fn what_the_killed_have_begun_is_undone() {
+    const BIT_31: u32 = 1 << 31;
+    let counts = Descriptors::owned(Shape { units: 3 * GROUP_PAGES, data: false });
+    let end = |unit: usize| (unit / GROUP_PAGES + 1) * GROUP_PAGES;
+    for group in 0..3 {
+        assert_eq!(counts.allocate_group(end), Some(group * GROUP_PAGES));
+    }
+    assert_eq!(counts.free_all(), 3 * GROUP_PAGES);
+    // Killed while a group was discarded; and between the steps of taking three units: counted in the group alone.
+    assert_eq!(counts.guard_idle_group(), Some(0));
+    assert_ne!(counts.group(0).load(Ordering::Relaxed) & BIT_31, 0);
+    counts.group(GROUP_PAGES).fetch_add(3, Ordering::Relaxed);
+    assert_eq!((counts.live(), counts.allocate_group(end)), (0, Some(2 * GROUP_PAGES)), "neither of the two");
+    assert_eq!(counts.free_all(), GROUP_PAGES);
+    assert_eq!([counts.guard_idle_group(), counts.guard_idle_group()], [Some(0), Some(1)], "to be discarded");
+    counts.unguard(0);
+    counts.unguard(1);
+    let groups = [0; 4].map(|_| counts.allocate_group(end).map(|first| first / GROUP_PAGES));
+    assert_eq!(groups, [Some(0), Some(1), Some(2), None]);
+    assert_eq!(counts.live(), 3 * GROUP_PAGES);
+}
+
+#[test]
 fn processes_that_share_the_descriptors_share_the_pages() {
     let device = device(16, false);
     let mut memory = vec![0_u64; DescriptorMemory::bytes_for(PageCount::new(16)).div_ceil(8)];
@@ -222,6 +249,39 @@ fn a_set_finds_the_pagemap_of_a_pfn() {
 fn overlapping_pagemaps_are_refused() {
     let maps = [0, 49].map(|start| Arc::new(Pagemap::new(Pfn::new(start), device(50, false))));
     let _ = PagemapSet::new(maps);
+}
+
+fn of_two_ranges() -> Arc<Pagemap> {
+    let ranges = [0, 4].map(|chunk| PfnRange::new(Pfn::new(chunk * CHUNK_PAGES as u64), PageCount::new(512)));
+    let builder = Pagemap::builder("two", MemoryType::Generic).range(ranges[0]).range(ranges[1]);
+    registry().register(builder).unwrap()
+}
+
+#[test]
+#[should_panic(expected = "a pagemap of a space has one range of pfns, this one has 2")]
+fn a_pagemap_of_several_ranges_is_no_space_s() {
+    let _ = PagemapSet::new([of_two_ranges()]);
+}
+
+#[test]
+fn what_is_added_is_found_and_what_does_not_fit_is_refused() {
+    let [first, second, over] =
+        [0, 50, 99].map(|start| Arc::new(Pagemap::new(Pfn::new(start), device(50, false))));
+    let set = PagemapSet::new([first.clone()]);
+    assert_eq!(set.add(second.clone()), Ok(1));
+    assert!(Arc::ptr_eq(set.of(Pfn::new(99)), &second) && Arc::ptr_eq(set.get(1).unwrap(), &second));
+    assert_eq!(set.added().count(), 1);
+    assert_eq!(set.add(over.clone()), Err(AddError::Overlap(over.range(), second.range())));
+    assert_eq!(set.add(of_two_ranges()), Err(AddError::Ranges(2)));
+    for n in 1..MOST_ADDED {
+        let map = Arc::new(Pagemap::new(Pfn::new(1000 + 50 * n as u64), device(50, false)));
+        assert_eq!(set.add(map), Ok(1 + n));
+    }
+    let more = Arc::new(Pagemap::new(Pfn::new(1 << 20), device(50, false)));
+    assert_eq!(set.add(more.clone()), Err(AddError::TooMany));
+    assert!(set.get(1 + MOST_ADDED).is_none());
+    drop(set);
+    assert_eq!([&first, &second, &more].map(Arc::strong_count), [1; 3], "freed with the set");
 }
 
 #[test]

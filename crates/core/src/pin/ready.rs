@@ -180,9 +180,11 @@ mod loom {
             let other = bed.clone();
             let changer = thread::spawn(move || {
                 other.given_up.store(1, Ordering::Release);
+                // As the kernel does once the event was read: before the change is counted, or after.
+                let bed = other.clone();
+                let kernel = thread::spawn(move || bed.there.store(0, Ordering::Release));
                 other.changes.count(Bed::chunk());
-                // As the kernel does once the event was read.
-                other.there.store(0, Ordering::Release);
+                kernel.join().unwrap();
             });
             bed.pin();
             changer.join().unwrap();

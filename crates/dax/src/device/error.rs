@@ -10,20 +10,44 @@ use uhmm_core::pagemap::{PageError, RegisterError, UnregisterError};
 use uhmm_sys::signals::InstallError;
 use uhmm_sys::uffd;
 
-use crate::store::{ChangeError, Mode};
+use crate::store::{ChangeError, Kind, Mode};
 
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The namespace is for something else.
     #[error(
-        "{device} is in the mode {mode}; to use it as a device: uhmm dax reconfigure --mode devdax {device}"
+        "{device} is in the mode {mode}, and {wanted} is needed; to change it: \
+         uhmm dax reconfigure {store} {device} --mode {wanted}"
     )]
     Mode {
         /// The namespace.
         device: String,
         /// Its mode.
         mode: Mode,
+        /// The mode that it would have to be in.
+        wanted: Mode,
+        /// The store's path; `STORE` if it has none.
+        store: String,
+    },
+    /// Its pages cannot be had as private memory.
+    #[error(
+        "{device} lies on {}, whose frames cannot be mapped into private memory; only a store in memory can be reached \
+         in place: use Reach::Copied", what(*.kind)
+    )]
+    NotInPlace {
+        /// The namespace.
+        device: String,
+        /// What it lies on.
+        kind: Kind,
+    },
+    /// Private memory cannot be had.
+    #[error("the memory for {device} cannot be had: {error}")]
+    Memory {
+        /// The namespace.
+        device: String,
+        /// Why.
+        error: uhmm_devices::OpenError,
     },
     /// The labels cannot be read, or somebody is changing the namespace.
     #[error(transparent)]
@@ -66,6 +90,15 @@ pub enum DeviceError {
         /// What the system said.
         error: io::Error,
     },
+}
+
+const fn what(kind: Kind) -> &'static str {
+    match kind {
+        Kind::PageCache => "a file whose pages are copies",
+        Kind::Dax => "persistent memory",
+        Kind::Memory => "memory",
+        Kind::Huge(_) => "a pool of huge pages",
+    }
 }
 
 /// Why a part of a device is not mapped (`check_vma`).

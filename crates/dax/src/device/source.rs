@@ -48,7 +48,8 @@ impl Source {
         let claim = store.claim(id)?;
         let (name, namespace) = (claim.device_name().to_owned(), claim.namespace());
         if namespace.mode != purpose {
-            return Err(DeviceError::Mode { device: name, mode: namespace.mode });
+            let store = store.medium().path().map_or("STORE".into(), |path| path.display().to_string());
+            return Err(DeviceError::Mode { device: name, mode: namespace.mode, wanted: purpose, store });
         }
         let medium = store.medium();
         let file = medium.fd().try_clone_to_owned();

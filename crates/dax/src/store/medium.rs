@@ -197,9 +197,16 @@ impl Medium {
     }
 
     /// Makes `pages` zero, for they belonged to somebody else (rule R9) or are bad. Returns when that is safe.
-    pub(super) fn zero(&self, pages: Extent) -> io::Result<()> {
+    pub(crate) fn zero(&self, pages: Extent) -> io::Result<()> {
         self.write_zero(pages)?;
         if matches!(self.kind, Kind::PageCache | Kind::Dax) { self.file.sync_data() } else { Ok(()) }
+    }
+
+    /// Lets the frames of `pages` go back to the system: they read as zeros, and take no memory until they are touched,
+    /// or [`Medium::zero`] has had them come into being again.
+    pub(crate) fn punch(&self, pages: Extent) -> io::Result<()> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, punch, self.offset(pages), pages.bytes())?)
     }
 
     fn write_zero(&self, pages: Extent) -> io::Result<()> {

@@ -13,10 +13,10 @@ use uhmm_addr::{ByteSize, PageCount, Pfn};
 use uhmm_core::device::Device;
 use uhmm_core::fault::window::Windows;
 use uhmm_core::notifier::Owner;
-use uhmm_core::pagemap::Pagemap;
+use uhmm_core::pagemap::{MOST_ADDED, Pagemap};
 use uhmm_sys::futex::Lock;
 
-use super::{Inner, Space};
+use super::{Inner, Nodes, Space};
 use crate::engine::Engine;
 use crate::engine::signal::{self, EnlistError};
 use crate::managed::{BuildError, Managed, Plan, Reports};
@@ -167,8 +167,11 @@ impl Builder {
             forced_fallback: self.forced_fallback,
             stats: None,
         })?);
-        let stops = pagemaps.iter().map(|_| Lock::new(0)).collect();
-        let mut inner = Inner { managed, pagemaps, stops, membership: None, crew: None, threads: Vec::new() };
+        let stops = (0..pagemaps.len() + MOST_ADDED).map(|_| Lock::new(0)).collect();
+        let nodes = Arc::new(Nodes::new(start));
+        let limited = self.ram.is_some();
+        let mut inner =
+            Inner { managed, nodes, limited, stops, membership: None, crew: None, threads: Vec::new() };
         match self.engine {
             Engine::Signal => inner.membership = Some(signal::enlist(inner.managed.clone())?),
             Engine::Threads => inner.start_handlers()?,

@@ -108,10 +108,23 @@ impl Space {
     /// # Errors
     /// [`DrainError::InUse`], with the pins that keep pages on the device.
     pub fn drain(&self, device: usize, patience: Duration) -> Result<Drained<'_>, DrainError> {
+        self.drain_onto(device, None, patience)
+    }
+
+    /// The same, where what can goes to device number `onto`, and only the rest home.
+    pub(super) fn drain_onto(
+        &self,
+        device: usize,
+        onto: Option<usize>,
+        patience: Duration,
+    ) -> Result<Drained<'_>, DrainError> {
         let stopped = self.stop(device)?;
         let start = Instant::now();
         loop {
-            let done = self.evacuate_range(device, stopped.map.range(), None)?;
+            let mut done = self.evacuate_range(device, stopped.map.range(), onto)?;
+            if onto.is_some() && !done.left.is_zero() {
+                done = self.evacuate_range(device, stopped.map.range(), None)?;
+            }
             if done.left.is_zero() {
                 return Ok(Drained { _stopped: stopped });
             }

@@ -25,7 +25,9 @@ use crate::reclaim::{Gauge, Governor, Outcome, Reclaimer};
 impl Inner {
     pub(super) fn start_evictor(&mut self, limit: ByteSize) -> io::Result<()> {
         let managed = self.managed.clone();
-        let reclaimer = Reclaimer::new(managed.clone(), self.pagemaps[0].clone());
+        // A builder with a limit has refused to be without.
+        let Some(device) = managed.mm().pagemaps().get(0) else { return Ok(()) };
+        let reclaimer = Reclaimer::new(managed.clone(), device.clone()).before(self.nodes.clone());
         let gauge = SpaceGauge { managed: managed.clone(), counted: None };
         let mut governor = Governor::new(reclaimer, gauge, limit.pages());
         let thread = std::thread::Builder::new().name("uhmm-evict".into()).spawn(move || {

@@ -191,7 +191,7 @@ impl Space {
         own: Option<usize>,
         found: impl FnMut(Segment),
     ) -> Result<(), RangeFaultError> {
-        let own = own.and_then(|device| self.inner.pagemaps.get(device));
+        let own = own.and_then(|device| self.inner.pagemaps().get(device));
         let request = own.map_or(Request::SNAPSHOT, |own| Request::SNAPSHOT.owning(own));
         let _blocked = Blocked::all();
         self.inner.managed.mm().segments(range, &request, found)
@@ -249,7 +249,7 @@ impl<T> Mirror<'_, T> {
     /// # Errors
     /// [`MirrorError::NoDevice`].
     pub fn of_device(mut self, device: usize) -> Result<Self, MirrorError> {
-        let map = self.space.inner.pagemaps.get(device).ok_or(MirrorError::NoDevice(device))?;
+        let map = self.space.inner.pagemaps().get(device).ok_or(MirrorError::NoDevice(device))?;
         self.own = Some(map.clone());
         Ok(self)
     }
@@ -369,7 +369,7 @@ impl<T> Mirror<'_, T> {
         {
             return;
         }
-        for map in &space.inner.pagemaps {
+        for map in space.inner.pagemaps().iter() {
             if map.memory().is_some() {
                 let _ = space.inner.managed.mm().evict_pfns(range, map.range(), None, scratch);
             }

@@ -9,6 +9,7 @@
 //! Rooms   `builder` makes a space; `handlers` and `evictor` are its threads; `residency` says where pages are, and
 //!         `pins` keeps them there; `adoption` is memory that was there before, `program` what the program maps as it
 //!         likes, `detach` what it has of files; `migration` moves the pages of a range, `evacuation` those of a device;
+//!         `node` is slower memory that is added and removed;
 //!         [`mirror`] is for a device's own page table, [`userptr`] for a device's single jobs, [`dma`] for the addresses
 //!         that it uses. Here are the other operations.
 //!
@@ -38,6 +39,7 @@ mod evictor;
 mod handlers;
 mod migration;
 pub mod mirror;
+mod node;
 mod pins;
 mod program;
 mod residency;
@@ -50,7 +52,7 @@ use std::thread::JoinHandle;
 use uhmm_addr::{Geometry, PageCount, Pfn, RangeError, VaRange};
 use uhmm_core::device::DevicePage;
 use uhmm_core::notifier::{Owner, Subscriber, Subscription};
-use uhmm_core::pagemap::Pagemap;
+use uhmm_core::pagemap::{Pagemap, PagemapSet};
 use uhmm_core::stats::{Counter, Skipped};
 use uhmm_sys::host::LinuxHost;
 use uhmm_sys::mapping::Mapping;
@@ -63,6 +65,8 @@ pub(crate) use detach::Replacing;
 pub use detach::{DetachError, Detached};
 pub use evacuation::{DrainError, Drained, Evacuated, InUse};
 pub use migration::Migration;
+pub(crate) use node::Nodes;
+pub use node::{AddMemoryError, Node, RemoveMemoryError};
 pub use pins::Pinned;
 pub use program::{MappingKind, ProgramMapping};
 pub use residency::Residency;
@@ -118,7 +122,9 @@ pub struct Space {
 
 pub(crate) struct Inner {
     pub(crate) managed: Arc<Managed>,
-    pagemaps: Vec<Arc<Pagemap>>,
+    nodes: Arc<Nodes>,
+    /// Whether resident memory has a limit; then there is a device.
+    limited: bool,
     stops: Vec<evacuation::Stops>,
     membership: Option<Membership>,
     crew: Option<Arc<Crew>>,
@@ -127,7 +133,7 @@ pub(crate) struct Inner {
 
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Space").field("pagemaps", &self.pagemaps).finish_non_exhaustive()
+        f.debug_struct("Space").field("pagemaps", self.pagemaps()).finish_non_exhaustive()
     }
 }
 
@@ -219,27 +225,33 @@ impl Space {
 
     /// Whose the pages of device number `device` are.
     pub fn owner(&self, device: usize) -> Option<Owner> {
-        self.inner.pagemaps.get(device).map(|map| map.owner())
+        self.inner.pagemaps().get(device).map(|map| map.owner())
     }
 
     fn pagemap(&self, device: usize) -> Result<&Arc<Pagemap>, MigrateError> {
-        self.inner.pagemaps.get(device).ok_or(MigrateError::NoDevice(device))
+        self.is_there(device)?;
+        self.inner.pagemaps().get(device).ok_or(MigrateError::NoDevice(device))
     }
 
     /// Where page `pfn` of device number `device` lies on it, as its own driver wants to know. `None` if it is not one
     /// of its pages.
     pub fn device_page(&self, device: usize, pfn: Pfn) -> Option<DevicePage> {
-        let map = self.inner.pagemaps.get(device)?;
+        let map = self.inner.pagemaps().get(device)?;
         map.range().contains(pfn).then(|| map.device_page(pfn))
     }
 
     /// Pages in use on device number `device`.
     pub fn device_pages(&self, device: usize) -> Option<PageCount> {
-        self.inner.pagemaps.get(device).map(|map| map.live())
+        self.inner.pagemaps().get(device).map(|map| map.live())
     }
 }
 
 impl Inner {
+    /// The devices by number: those of the builder, and then the nodes.
+    fn pagemaps(&self) -> &PagemapSet {
+        self.managed.mm().pagemaps()
+    }
+
     /// The memory of `range` goes away, contents and all.
     pub(crate) fn unmap(&self, mapping: Mapping) {
         let _blocked = Blocked::all();

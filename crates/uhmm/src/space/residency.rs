@@ -5,7 +5,7 @@
 //! Races   a snapshot, taken with no lock held: a page that moves meanwhile may count at either place.
 //! Fails   nothing fails. Where the kernel cannot be asked, pages count as absent.
 
-use uhmm_addr::{PageCount, VaRange};
+use uhmm_addr::{PageCount, PfnRange, VaRange};
 use uhmm_core::pagetable::State;
 
 use crate::managed::Managed;
@@ -19,6 +19,8 @@ pub struct Residency {
     pub staged: PageCount,
     /// On a device.
     pub device: PageCount,
+    /// Of those on a device, the ones in the memory of a node ([`Space::add_memory`](super::Space::add_memory)).
+    pub node: PageCount,
     /// In RAM, lent to a device, which alone may touch them: a touch of the program ends that.
     pub exclusive: PageCount,
     /// Of those on a device, the ones that the program can touch at once: a coherent device has them mapped in place.
@@ -35,9 +37,16 @@ impl Managed {
         let mut found = Residency::default();
         let add = |count: &mut PageCount, pages| *count = count.plus(PageCount::new(pages));
         let mut away = 0;
+        let nodes: Vec<PfnRange> = self.mm().pagemaps().added().map(|map| map.range()).collect();
         for part in self.mm().table().used(range) {
             for page in part.iter() {
-                let count = match self.mm().table().entry(page).load().state() {
+                let word = self.mm().table().entry(page).load();
+                let on_node = |pfn| nodes.iter().any(|node| node.contains(pfn));
+                if matches!(word.state(), State::Device | State::Coherent) && word.pfn().is_some_and(on_node)
+                {
+                    add(&mut found.node, 1);
+                }
+                let count = match word.state() {
                     State::Empty | State::Resident => continue,
                     State::Staged | State::Moving => &mut found.staged,
                     State::Device => &mut found.device,

@@ -177,3 +177,49 @@ fn the_ledger_knows_where_each_handle_was_made() {
     map.put_range(by_number);
     drop(registry);
 }
+
+#[test]
+fn ranges_of_no_page_and_past_every_end_are_refused() {
+    let (registry, map, _freed) = files(Geometry::K4, 1);
+    let last = pfn(CHUNK_PAGES - 1);
+    for (start, len, told) in [
+        (pfn(3), 0, pfn(3)),
+        (last, 2, pfn(CHUNK_PAGES + 1)),
+        (pfn(CHUNK_PAGES), 0, pfn(CHUNK_PAGES)),
+        (pfn(CHUNK_PAGES), 1, pfn(CHUNK_PAGES)),
+    ] {
+        let range = PfnRange::new(start, PageCount::new(len));
+        assert_eq!(map.pin(range).map(drop), Err(PageError::Outside(told)), "{range:?}");
+        assert_eq!(map.claim(range).map(drop), Err(PageError::Outside(told)), "{range:?}");
+        assert_eq!(map.first_busy(range), None);
+    }
+    let page = map.page(last).unwrap();
+    // So long that no number says where they end.
+    for start in [pfn(0), pfn(1), last] {
+        let range = PfnRange::new(start, PageCount::new(usize::MAX));
+        assert!(matches!(map.pin(range).map(drop), Err(PageError::Outside(_))), "{range:?}");
+        assert!(matches!(map.claim(range).map(drop), Err(PageError::Outside(_))), "{range:?}");
+        assert_eq!(map.first_busy(range), Some(last), "{range:?}");
+    }
+    assert_eq!((page.count(), map.live()), (1, PageCount::ONE), "none was referred to");
+    drop(page);
+    registry.unregister(&map, &mut |_| false).unwrap();
+}
+
+#[test]
+fn the_first_page_in_use_is_found_in_any_range() {
+    let registry = Registry::new(Arc::new(Spin));
+    let builder = Pagemap::builder("pmem0", MemoryType::FsDax);
+    let builder = builder.range(pages(0, CHUNK_PAGES)).range(pages(2 * CHUNK_PAGES, CHUNK_PAGES));
+    let map = registry.register(builder).unwrap();
+    let all = pages(0, 3 * CHUNK_PAGES);
+    assert_eq!(map.first_busy(all), None);
+    let second = map.page(pfn(2 * CHUNK_PAGES + 9)).unwrap();
+    assert_eq!(map.first_busy(all), Some(pfn(2 * CHUNK_PAGES + 9)));
+    let first = map.page(pfn(5)).unwrap();
+    assert_eq!(map.first_busy(all), Some(pfn(5)));
+    assert_eq!(map.first_busy(pages(6, 2 * CHUNK_PAGES)), None, "the gap is nobody's");
+    assert_eq!(map.first_busy(pages(6, 3 * CHUNK_PAGES)), Some(pfn(2 * CHUNK_PAGES + 9)));
+    drop((first, second));
+    registry.unregister(&map, &mut |_| false).unwrap();
+}

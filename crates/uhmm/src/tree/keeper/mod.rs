@@ -21,7 +21,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use uhmm_addr::PageCount;
 use uhmm_sys::socket::{Connection, MAX_FDS};
 
 pub use tree::{Tree, TreeError, TreeOptions};
@@ -60,6 +59,8 @@ struct Keeper {
     free: Vec<u32>,
     totals: Totals,
     quiet_since: Instant,
+    /// Whether nothing is left of those who were here.
+    swept: bool,
     trimmed: Instant,
 }
 
@@ -195,6 +196,7 @@ impl Keeper {
             }
             !due
         });
+        self.swept &= self.is_deserted();
         if self.trimmed.elapsed() >= TRIM {
             self.trimmed = Instant::now();
             self.sweep();
@@ -203,16 +205,23 @@ impl Keeper {
     }
 
     /// Frees what no table accounts for, once there is no table: what a process held in its own memory when it
-    /// was killed.
-    fn sweep(&self) {
-        let nobody = self.agents.is_empty()
+    /// was killed, and what it had begun, which no count tells of. Once is enough until somebody comes.
+    fn sweep(&mut self) {
+        if !self.is_deserted() || self.swept {
+            return;
+        }
+        // SAFETY: the keeper's pagemap is in no registry, and nobody else is there who has its descriptors.
+        unsafe { self.tree.pagemap.free_all() };
+        self.swept = true;
+    }
+
+    /// Whether there is nobody who has, or may be about to get, pages of the device.
+    fn is_deserted(&self) -> bool {
+        self.agents.is_empty()
+            && self.newcomers.is_empty()
             && self.orphans.is_empty()
             && self.held.is_empty()
-            && self.departed.is_empty();
-        if nobody && self.tree.pagemap.live() != PageCount::ZERO {
-            // SAFETY: the keeper's pagemap is in no registry.
-            unsafe { self.tree.pagemap.free_all() };
-        }
+            && self.departed.is_empty()
     }
 }
 

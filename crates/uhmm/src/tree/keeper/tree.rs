@@ -144,6 +144,7 @@ impl Tree {
             departed: Vec::new(),
             totals: Totals::default(),
             quiet_since: Instant::now(),
+            swept: true,
             trimmed: Instant::now(),
         }
         .run();
