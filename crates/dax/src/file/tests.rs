@@ -177,6 +177,20 @@ fn records_that_no_file_can_have_are_refused() {
     }
 }
 
+#[test]
+fn blocks_on_persistent_memory_are_mapped_so_that_a_flush_is_enough() {
+    // The kernel refuses the flag for this file, which shows that it was asked.
+    let source = Source::not_persistent(4 << 20);
+    let lock = filelock::reopened(std::os::fd::AsFd::as_fd(&source.file)).unwrap();
+    let lock = FileLock::try_acquire(lock, 0, filelock::Kind::Exclusive).unwrap();
+    match Blocks::new(source, Arc::new(Driver::default()), lock) {
+        Err(crate::device::DeviceError::Io { error, .. }) => {
+            assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
 /// Pages that are given to another as soon as nobody refers to them, and threads that refer to them: none finds a page
 /// that changes while he has it.
 #[test]

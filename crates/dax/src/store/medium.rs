@@ -21,6 +21,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use uhmm_addr::{ByteSize, Geometry, PAGE_SIZE};
+use uhmm_sys::dax::{Protection, Window};
 use uhmm_sys::hugetlb::{Huge, Pool};
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::memfd::Memfd;
@@ -37,9 +38,11 @@ const RAMFS: i64 = 0x8584_58f6;
 /// How a medium is mapped, and what makes stores to it safe.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// A file whose pages are copies: the kernel maps them, `msync` writes them.
+    /// A file that the kernel makes safe, by `msync`: its pages are copies, or persistent memory behind which something
+    /// else must be flushed.
     PageCache,
-    /// A file on persistent memory, mapped in place: a store is safe when its cache line is written back.
+    /// Persistent memory, mapped in place with `MAP_SYNC`: a store is safe when its cache line is written back, because
+    /// where the page lies was safe before it could be touched.
     Dax,
     /// Memory without anything behind it, in ordinary pages.
     Memory,
@@ -55,6 +58,12 @@ impl Kind {
             Self::Huge(Huge::G1) => Geometry::G1,
             _ => Geometry::K4,
         }
+    }
+
+    /// Whether it is mapped with `MAP_SYNC`. Without it a page that the file system has only just placed could be lost
+    /// with power, and every store to it, however well flushed.
+    pub(crate) const fn syncs(self) -> bool {
+        matches!(self, Self::Dax)
     }
 }
 
@@ -278,9 +287,16 @@ fn kind_of(file: impl AsFd, path: &Path) -> Result<Kind, OpenError> {
         _ => {
             let stat = rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::empty());
             let dax = stat.is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::DAX));
-            if dax { Kind::Dax } else { Kind::PageCache }
+            if dax && maps_sync(file.as_fd()) { Kind::Dax } else { Kind::PageCache }
         }
     })
+}
+
+/// Whether the kernel maps the file with `MAP_SYNC`. Not every file in place is one: behind virtual persistent memory the
+/// host has to be asked to flush (`dax_synchronous`).
+fn maps_sync(file: BorrowedFd<'_>) -> bool {
+    let window = Window::reserve(PAGE_SIZE, PAGE_SIZE, 0, Protection::ReadWrite);
+    window.and_then(|window| window.map(0, PAGE_SIZE, file, 0, true)).is_ok()
 }
 
 /// Labels at the front of a file that can be read and written.
@@ -341,5 +357,17 @@ impl Area for MappedArea {
     fn sync(&self) -> io::Result<()> {
         // Whoever watches the file learns of writes through a mapping by its times alone.
         self.file.set_modified(std::time::SystemTime::now())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_does_not_map_with_sync_is_not_taken_for_persistent_memory() {
+        let memory = Memfd::create("uhmm-test", 4096, None).unwrap();
+        assert!(!maps_sync(memory.fd()));
+        assert!(Kind::Dax.syncs() && !Kind::PageCache.syncs() && !Kind::Memory.syncs());
     }
 }
