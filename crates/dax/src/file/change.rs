@@ -41,7 +41,7 @@ impl Body {
 
     /// A new file that is like `record`.
     fn add(&self, state: &mut State, name: &str, record: Record) -> Result<u64, FileError> {
-        if name.is_empty() || name.len() > 255 || name.contains(['/', '\0']) {
+        if name.is_empty() || name.len() > 255 || name.contains('/') || name.contains(char::is_control) {
             return Err(FileError::Name { name: name.into() });
         }
         if state.names.contains_key(name) {

@@ -11,7 +11,7 @@ use uhmm_core::pagemap::PageError;
 
 use super::meta::MetaError;
 use crate::device::DeviceError;
-use crate::store::ChangeError;
+use crate::store::{ChangeError, Holder, listed};
 
 /// Why a namespace's files are not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -29,11 +29,16 @@ pub enum FsError {
         /// The least there can be.
         least: ByteSize,
     },
-    /// Another process has its files.
-    #[error("{device} is in use by another process; files are one process's at a time")]
+    /// Somebody has its files.
+    #[error(
+        "the files of {device} are in use by {}; one has them at a time: end that first, or, in one process, share the FileSystem",
+        listed(holders)
+    )]
     InUse {
         /// The namespace.
         device: String,
+        /// Who has them.
+        holders: Vec<Holder>,
     },
     /// The table cannot be used.
     #[error("{device}: {error}")]
@@ -79,7 +84,7 @@ pub enum FileError {
         name: String,
     },
     /// No name for a file.
-    #[error("{name:?} is no name for a file; it has 1 to 255 bytes, no slash and no zero byte")]
+    #[error("{name:?} is no name for a file; it has 1 to 255 bytes, no slash and no control character")]
     Name {
         /// The name.
         name: String,
