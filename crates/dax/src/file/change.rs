@@ -9,6 +9,7 @@
 //!          mapping. Then the change has happened, and the blocks that it took away stay nobody's until the files are
 //!          opened the next time, because the mapping may still show them.
 
+use std::collections::BTreeSet;
 use std::sync::MutexGuard;
 
 use uhmm_addr::{ByteSize, PfnRange};
@@ -177,10 +178,7 @@ impl Body {
                     given_up.push(Run { at: run.at + n, block: run.block + n, len: 1 });
                 }
             }
-            for run in &fresh {
-                record.runs.remove(run.at, run.at + run.len);
-                record.runs.insert(*run);
-            }
+            record.runs.replace(fresh.clone());
             if fresh.is_empty() { Ok(()) } else { Ok(self.meta.update(which.inode, &record)?) }
         })();
         if let Err(error) = provided {
@@ -355,7 +353,7 @@ impl Body {
         let all = |record: &Record| record.runs.iter().collect();
         let (mut state, claims) = self.break_layouts(which, patience, all)?;
         let mut record = state.record(which)?.clone();
-        let mut copied = Vec::new();
+        let (mut copied, mut own) = (Vec::new(), BTreeSet::new());
         let views = self.views_of(which.inode);
         let made = (|| {
             for view in views.iter().filter(|view| view.protection == Protection::ReadWrite) {
@@ -363,7 +361,8 @@ impl Body {
                 for run in
                     runs.into_iter().flat_map(|run| (0..run.len).map(move |n| (run.at + n, run.block + n)))
                 {
-                    if copied.iter().any(|copy: &Run| copy.at == run.0) {
+                    // Another mapping shows it as well.
+                    if !own.insert(run.0) {
                         continue;
                     }
                     if self.blocks.is_lost(run.1) {
@@ -372,10 +371,9 @@ impl Body {
                     let copy = self.allocate(&mut state, run.0, 1)?;
                     copied.extend(&copy);
                     self.blocks.copy(run.1, copy[0].block)?;
-                    record.runs.remove(run.0, run.0 + 1);
-                    record.runs.insert(copy[0]);
                 }
             }
+            record.runs.replace(copied.clone());
             self.add(&mut state, name, record.clone())
         })();
         let inode = match made {
@@ -387,7 +385,7 @@ impl Body {
         };
         for run in record.runs.iter() {
             for n in 0..run.len {
-                if !copied.iter().any(|copy| copy.at == run.at + n) {
+                if !own.contains(&(run.at + n)) {
                     *state.shared.entry(run.block + n).or_default() += 1;
                 }
             }

@@ -97,6 +97,14 @@ pub enum FileError {
         /// So much there is.
         free: ByteSize,
     },
+    /// The table of files has no room for more. Files are as they were, and the others can be used.
+    #[error(
+        "the table of files would outgrow the {room} that there are for it, a 64th of the namespace; remove files, or put some in a larger namespace"
+    )]
+    TableFull {
+        /// How large it may be.
+        room: ByteSize,
+    },
     /// A file can be no longer.
     #[error("{offset}+{len} is longer than a file can be, 2^56 bytes")]
     TooLong {
@@ -154,11 +162,20 @@ pub enum FileError {
     Page(#[from] PageError),
     /// The table cannot be read or written.
     #[error(transparent)]
-    Meta(#[from] MetaError),
+    Meta(MetaError),
     /// The labels cannot be read or written.
     #[error(transparent)]
     Store(#[from] ChangeError),
     /// The system refused.
     #[error("the file cannot be accessed: {0}")]
     Io(#[from] io::Error),
+}
+
+impl From<MetaError> for FileError {
+    fn from(error: MetaError) -> Self {
+        match error {
+            MetaError::Full { room } => Self::TableFull { room },
+            error @ MetaError::Database(_) => Self::Meta(error),
+        }
+    }
 }

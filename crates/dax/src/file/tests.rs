@@ -11,7 +11,7 @@ use uhmm_core::pagemap::Pagemap;
 
 use super::backend::Backend;
 use super::layout::{self, Waiting};
-use super::meta::{Meta, Record};
+use super::meta::{Meta, MetaError, Record};
 use super::runs::{Run, Runs};
 use super::*;
 use crate::machine::{Region, machine};
@@ -159,6 +159,35 @@ fn a_header_that_is_none_is_not_written_over() {
         bytes[28..32].copy_from_slice(&sum);
     };
     assert!(refused(newer, Geometry::K4).contains("version 2"));
+}
+
+#[test]
+fn a_table_that_is_full_says_so_and_goes_on() {
+    let area = Noted::over(vec![0; ROOM as usize]);
+    let meta = open(area.clone());
+    let name = |n: u64| format!("{n:0200}");
+    let mut made = 0;
+    for round in 0..5 {
+        // Opened anew, it may have room for one more.
+        let told = loop {
+            match meta.create(&name(made), made + 1, &Record::default()) {
+                Ok(()) => made += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(told, MetaError::Full { room } if room.bytes() == ROOM - 4096), "{told}");
+        assert!(made > 500, "{made}");
+        assert_eq!(contents(&meta).len() as u64, made, "round {round}: what was refused has not happened");
+        meta.update(1, &Record { size: round, ..Record::default() }).unwrap();
+        assert_eq!(contents(&meta)[&name(0)].1, round);
+    }
+    for n in 0..made {
+        meta.remove(&name(n), n + 1).unwrap();
+    }
+    meta.create(&name(made), made + 1, &Record::default()).unwrap();
+    drop(meta);
+    let after = area.bytes.lock().unwrap().clone();
+    assert_eq!(contents(&open(Noted::over(after))).into_keys().collect::<Vec<_>>(), [name(made)]);
 }
 
 #[test]

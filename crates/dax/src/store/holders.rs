@@ -28,7 +28,7 @@ impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name.escape_debug();
         match self.pid == std::process::id() {
-            true => write!(f, "this process, {} ({name})", self.pid),
+            true => write!(f, "process {} ({name}), this one", self.pid),
             false => write!(f, "process {} ({name})", self.pid),
         }
     }
@@ -110,7 +110,7 @@ mod tests {
         let lock = FileLock::try_acquire(own, 1 << 60, Kind::Shared).unwrap();
         let found = holders(&file, 1 << 60);
         assert_eq!(found.iter().map(|holder| holder.pid).collect::<Vec<_>>(), [std::process::id()]);
-        assert!(listed(&found).starts_with("this process, "), "{found:?}");
+        assert!(listed(&found).ends_with("), this one"), "{found:?}");
         assert_eq!(holders(&file, (1 << 60) + 1), []);
         drop(lock);
         assert_eq!(holders(&file, 1 << 60), []);
