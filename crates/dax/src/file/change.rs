@@ -88,12 +88,13 @@ impl Body {
 
     /// Blocks that a file has no longer: the last one to have them makes them free. The claims end with that.
     fn release(&self, state: &mut State, runs: impl Iterator<Item = Run>, claims: Vec<UniquePages>) {
+        let mut last = BTreeSet::new();
         for run in runs {
             for block in run.block..run.block + run.len {
                 match state.shared.get_mut(&block) {
                     Some(1) => {
                         state.shared.remove(&block);
-                        self.associate_last(state, block);
+                        last.insert(block);
                     }
                     Some(more) => *more -= 1,
                     None => {
@@ -103,6 +104,7 @@ impl Body {
                 }
             }
         }
+        self.associate_last(state, &last);
         drop(claims);
     }
 
@@ -196,12 +198,18 @@ impl Body {
         Ok(())
     }
 
-    /// A block that was several files' is one's.
-    fn associate_last(&self, state: &State, block: u64) {
-        let mut all =
-            state.files.iter().flat_map(|(inode, record)| record.runs.iter().map(move |run| (*inode, run)));
-        if let Some((inode, run)) = all.find(|(_, run)| run.block <= block && block < run.block + run.len) {
-            self.associate(state, inode, Run { at: run.at + (block - run.block), block, len: 1 });
+    /// Blocks that were several files' are one's each.
+    fn associate_last(&self, state: &State, blocks: &BTreeSet<u64>) {
+        if blocks.is_empty() {
+            return;
+        }
+        for (inode, record) in &state.files {
+            for run in record.runs.iter() {
+                for block in blocks.range(run.block..run.block + run.len) {
+                    let at = run.at + (block - run.block);
+                    self.associate(state, *inode, Run { at, block: *block, len: 1 });
+                }
+            }
         }
     }
 
@@ -287,8 +295,11 @@ impl Body {
             shown.sort_unstable();
             let mut fresh = Vec::new();
             let reached = record.size.div_ceil(block);
+            let mut done = from;
             for (from, to) in shown {
-                for (from, to) in record.runs.holes(from, to.min(reached).max(from)) {
+                let (from, to) = (from.max(done), to.min(reached));
+                done = done.max(to);
+                for (from, to) in record.runs.holes(from, to.max(from)) {
                     let more = match self.allocate(&mut state, from, to - from) {
                         Ok(more) => more,
                         Err(error) => {
@@ -296,10 +307,10 @@ impl Body {
                             return Err(error);
                         }
                     };
-                    more.iter().for_each(|run| record.runs.insert(*run));
                     fresh.extend(more);
                 }
             }
+            record.runs.replace(fresh.clone());
             if let Err(error) = self.meta.update(which.inode, &record) {
                 give_back(&mut state, &fresh);
                 return Err(error.into());

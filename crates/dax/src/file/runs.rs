@@ -104,8 +104,9 @@ impl Runs {
         removed
     }
 
-    /// Puts blocks where there is a hole.
-    pub(super) fn insert(&mut self, run: Run) {
+    /// Puts blocks where there is a hole: what many at once must agree with.
+    #[cfg(test)]
+    fn insert(&mut self, run: Run) {
         let at = self.0.partition_point(|other| other.at < run.at);
         self.0.insert(at, run);
         self.join();
@@ -228,6 +229,20 @@ mod tests {
             runs.replace(fresh);
             assert_eq!(runs, one_by_one);
         }
+    }
+
+    #[test]
+    fn a_file_in_many_pieces_is_changed_in_one_pass() {
+        // Were each put by itself, that would be 10^11 steps.
+        const PIECES: u64 = 1 << 19;
+        let piece = |n: u64, step: u64| Run { at: 2 * n, block: step * n, len: 1 };
+        let mut runs = Runs::default();
+        runs.replace((0..PIECES).map(|n| piece(n, 3)).collect());
+        runs.replace((0..PIECES).rev().filter(|n| n % 2 == 0).map(|n| piece(n, 5)).collect());
+        assert_eq!(runs.iter().count() as u64, PIECES);
+        assert!((0..PIECES).zip(runs.iter()).all(|(n, run)| run == piece(n, if n % 2 == 0 { 5 } else { 3 })));
+        runs.replace(vec![Run { at: 0, block: 7, len: 2 * PIECES }]);
+        assert_eq!(runs.iter().count(), 1);
     }
 
     #[test]

@@ -191,6 +191,33 @@ fn a_table_that_is_full_says_so_and_goes_on() {
 }
 
 #[test]
+fn a_table_full_of_files_in_pieces_can_be_emptied() {
+    let area = Noted::over(vec![0; ROOM as usize]);
+    let meta = open(area.clone());
+    let pieces = |n: u64| (0..n).map(|k| Run { at: 2 * k, block: 300 + 2 * k, len: 1 }).collect();
+    let record = |n| Record { size: 1, runs: Runs::checked(pieces(n)).unwrap() };
+    // Many files in one piece or a few, and fewer in many.
+    for pieces in [1, 37, 1, 900, 37] {
+        let mut made = 0;
+        let full = loop {
+            match meta.create(&format!("file {made}"), made + 1, &record(made * pieces % 901)) {
+                Ok(()) => made += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(full, MetaError::Full { room } if room.bytes() == ROOM - 4096), "{full}");
+        let before = contents(&meta);
+        assert_eq!(before.len() as u64, made, "nothing happened");
+        assert!(meta.create("another", made + 1, &record(900)).is_err());
+        assert_eq!(contents(&open(Noted::over(area.bytes.lock().unwrap().clone()))), before);
+        for n in 0..made {
+            meta.remove(&format!("file {n}"), n + 1).unwrap_or_else(|why| panic!("{n} of {made}: {why}"));
+        }
+        assert!(contents(&meta).is_empty());
+    }
+}
+
+#[test]
 fn records_that_no_file_can_have_are_refused() {
     let end = SIZE_MAX / 4096;
     let record = |size, at| Record { size, runs: Runs::checked(vec![Run { at, block: 1, len: 1 }]).unwrap() };
