@@ -115,7 +115,7 @@ fn the_json_has_the_forms_of_daxctl_and_ndctl() {
     assert_eq!(
         namespaces[0],
         json!({
-            "dev": "namespace3.0", "mode": "devdax", "map": "dev", "size": 32 * mib, "uuid": null,
+            "dev": "namespace3.0", "mode": "devdax", "map": "mem", "size": 32 * mib, "uuid": null,
             "chardev": "dax3.0", "align": 2 * mib, "name": "wide", "badblock_count": 24,
             "badblocks": [{"offset": 24, "length": 8}, {"offset": 32_768, "length": 16}],
         })
@@ -125,7 +125,30 @@ fn the_json_has_the_forms_of_daxctl_and_ndctl() {
         "dax3.0: 1 pages were bad and are zero now\n"
     );
     assert_eq!(place.ok("clear-error", &["dax3.0"]), "dax3.0: 2 pages were bad and are zero now\n");
-    assert_eq!(place.json("list", &["--json", "-N"])[0]["badblock_count"], 0);
+    assert!(place.json("list", &["--json", "-N"])[0].get("badblock_count").is_none());
+    place.ok("destroy", &["dax3.1"]);
+    place.ok("reconfigure", &["dax3.0", "-m", "fsdax"]);
+    let mut namespaces = place.json("list", &["--json", "--namespaces"]);
+    namespaces[0]["uuid"].take();
+    assert_eq!(
+        namespaces,
+        json!([{
+            "dev": "namespace3.0", "mode": "fsdax", "map": "mem", "size": 32 * mib, "uuid": null,
+            "sector_size": 512, "align": 2 * mib, "name": "wide",
+        }])
+    );
+    place.ok("destroy", &["dax3.0"]);
+    let path = place.store();
+    assert_eq!(
+        place.json("list", &["--json", "--regions"]),
+        json!([{
+            "path": path, "id": 3, "size": 64 * mib, "available_size": 64 * mib,
+            "max_available_extent": 64 * mib, "align": 4096,
+        }])
+    );
+    place.ok("create", &[]);
+    let full = &place.json("list", &["--json", "--regions"])[0];
+    assert!(full.get("available_size").is_none() && full.get("max_available_extent").is_none(), "{full}");
 }
 
 #[test]
@@ -141,6 +164,7 @@ fn what_cannot_be_is_a_word_and_a_code() {
         (2, "create", &["--capacity", "64M"][..], "exists; --capacity is for a store that does not"),
         (2, "create", &["-a", "64K"], "65536 bytes is no alignment"),
         (2, "create", &["-m", "raw"], "the modes are devdax, fsdax and system-ram"),
+        (2, "create", &["-s", "2M", "-n", "a\nb"], "the name \"a\\nb\" has control characters"),
         (1, "create", &["-s", "18M"], "18 MiB is needed and 16 MiB is free at an alignment of 2M"),
         (2, "resize", &["dax0.0", "3M"], "multiple of 2097152"),
         (1, "resize", &["dax0.0", "1G"], "976 MiB is needed and 16 MiB is free"),

@@ -173,6 +173,30 @@ fn a_reflink_shares_until_one_writes() {
 }
 
 #[test]
+fn a_large_file_that_is_mapped_is_reflinked_block_by_block_in_one_pass() {
+    // 32768 blocks; were each looked for among all the others, that would be 10^9 steps.
+    let size = ByteSize::mib(128);
+    let Some(bed) = Bed::new(Under::Memory, ByteSize::mib(320), Geometry::K4, Mode::FsDax) else { return };
+    let files = FileSystem::open(&bed.store, bed.id).unwrap();
+    let file = files.create("a").unwrap();
+    file.truncate(size.bytes(), &NOT).unwrap();
+    let mapping = file.map(0, size.bytes(), Protection::ReadWrite).unwrap();
+    write(&mapping, 5, 7);
+    let free = files.free().bytes();
+    let copy = file.reflink("b", &NOT).unwrap();
+    assert_eq!(files.free().bytes(), free - size.bytes(), "what is mapped for writing is copied");
+    drop(mapping);
+    copy.reflink("c", &NOT).unwrap();
+    assert_eq!(files.free().bytes(), free - size.bytes(), "and nothing else");
+    files.remove("b", &NOT).unwrap();
+    let mut byte = [0];
+    files.file_named("c").unwrap().read_at(5, &mut byte).unwrap();
+    assert_eq!(byte, [7]);
+    let loss = files.file_named("c").unwrap().inject_error(4096, 4096).unwrap();
+    assert_eq!(loss.files, [("c".to_owned(), 4096, 4096)], "whose they are is known");
+}
+
+#[test]
 fn a_pin_keeps_the_files_from_others_and_a_cut_from_its_block() {
     let bed = Bed::new(Under::Memory, ByteSize::mib(8), Geometry::K4, Mode::FsDax).unwrap();
     let files = FileSystem::open(&bed.store, bed.id).unwrap();

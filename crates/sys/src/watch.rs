@@ -5,7 +5,9 @@
 //! Why      labels are changed by whoever has the right to; those who use the file meanwhile must learn of it.
 //!          The kernel tells of files that have a name alone, so that users of others tell each other.
 //! Owns     an inotify descriptor; an eventfd.
-//! Fails    with the kernel's error: no room for another watch (`fs.inotify.max_user_watches`).
+//! Fails    with the kernel's error, and where a user has too many, with the limit: of inotify descriptors
+//!          (`fs.inotify.max_user_instances`, `EMFILE`; each watch has one) or of watches (`fs.inotify.max_user_watches`,
+//!          `ENOSPC`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,10 +25,20 @@ pub struct Watch {
 impl Watch {
     /// Watches the open file `file`, whatever becomes of its name.
     pub fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
-        let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
+            // A process that has too many files open has no room for another copy of this one either.
+            .map_err(|errno| match (errno, file.try_clone_to_owned()) {
+                (Errno::MFILE, Ok(_)) => too_many("inotify descriptors", "max_user_instances"),
+                _ => errno.into(),
+            })?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         // A write through a mapping is not seen; setting the times is.
-        inotify::add_watch(&fd, path, WatchFlags::MODIFY | WatchFlags::ATTRIB)?;
+        inotify::add_watch(&fd, path, WatchFlags::MODIFY | WatchFlags::ATTRIB).map_err(
+            |errno| match errno {
+                Errno::NOSPC => too_many("inotify watches", "max_user_watches"),
+                errno => errno.into(),
+            },
+        )?;
         Ok(Self { fd })
     }
 
@@ -44,6 +56,19 @@ impl Watch {
             }
         }
     }
+}
+
+/// The user has as many as he may have.
+fn too_many(what: &str, limit: &str) -> io::Error {
+    let value = std::fs::read_to_string(format!("/proc/sys/fs/inotify/{limit}")).unwrap_or_default();
+    let value = match value.trim() {
+        "" => "unknown",
+        value => value,
+    };
+    let why = format!(
+        "the user has as many {what} as the limit allows, {value}; sysctl fs.inotify.{limit} raises it"
+    );
+    io::Error::new(io::ErrorKind::QuotaExceeded, why)
 }
 
 impl AsFd for Watch {
@@ -99,6 +124,14 @@ mod tests {
         other.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         assert!(watch.changed());
         std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_limit_is_named_with_its_value() {
+        let value = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
+        let told = too_many("inotify descriptors", "max_user_instances").to_string();
+        let end = format!("{}; sysctl fs.inotify.max_user_instances raises it", value.trim());
+        assert!(told.ends_with(&end), "{told}");
     }
 
     #[test]

@@ -27,7 +27,9 @@ impl From<OpenError> for Failure {
             | OpenError::NoStore { .. }
             | OpenError::NotAFile { .. }
             | OpenError::TooSmall { .. }
+            | OpenError::Exists { .. }
             | OpenError::Capacity { .. } => Self::usage(error),
+            OpenError::Table(error) => ChangeError::from(error).into(),
             _ => Self::failed(error),
         }
     }
@@ -100,22 +102,14 @@ fn create(
     spec: &Spec,
     json: bool,
 ) -> Result<(), Failure> {
-    let exists = path.exists();
-    let store = match capacity {
-        Some(capacity) if !exists => Store::create(path, capacity, region.unwrap_or(0))?,
-        Some(_) => {
-            return Err(Failure::usage(format!("{path:?} exists; --capacity is for a store that does not")));
+    let (store, id) = match capacity {
+        Some(capacity) => Store::create_with(path, capacity, region.unwrap_or(0), spec)?,
+        None => {
+            let store = open(path)?;
+            let id = store.create_namespace(spec)?;
+            (store, id)
         }
-        None => open(path)?,
     };
-    let made = store.create_namespace(spec);
-    if made.is_err() && capacity.is_some() {
-        // A store that nobody asked for by itself.
-        drop(store);
-        let _ = std::fs::remove_file(path);
-        return made.map(drop).map_err(Failure::from);
-    }
-    let id = made?;
     let table = store.table()?;
     match (json, table.get(id)) {
         (true, Ok(namespace)) => print_json(&[show::device(&table, namespace, false)]),

@@ -2,13 +2,14 @@
 //!
 //! What     [`text`], a table; [`devices`], [`regions`] and [`namespaces`], JSON in the forms of `daxctl list`, of
 //!          `daxctl list --regions`, and of `ndctl list --namespaces --media-errors`: always an array; sizes in bytes, bad
-//!          blocks in 512-byte sectors.
+//!          blocks in 512-byte sectors. What they leave out where there is nothing is left out here.
+//! Source   `daxctl/json.c` and `ndctl/json.c` of `ndctl`; what differs stands in docs/dax.md.
 
 use std::path::Path;
 
 use serde::Serialize;
 use uhmm_addr::{ByteSize, PAGE_SIZE};
-use uhmm_dax::store::{Extent, Namespace, Table};
+use uhmm_dax::store::{Extent, Mode, Namespace, Table};
 
 /// Pages in 512-byte sectors.
 const SECTORS: u64 = PAGE_SIZE as u64 / 512;
@@ -39,9 +40,12 @@ pub(crate) struct RegionRow<'a> {
     path: &'a Path,
     id: u32,
     size: u64,
+    #[serde(skip_serializing_if = "is_zero")]
     available_size: u64,
+    #[serde(skip_serializing_if = "is_zero")]
     max_available_extent: u64,
     align: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     devices: Vec<DeviceRow>,
 }
 
@@ -53,10 +57,14 @@ pub(crate) struct NamespaceRow<'a> {
     map: &'static str,
     size: u64,
     uuid: String,
-    chardev: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chardev: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sector_size: Option<u32>,
     align: usize,
     #[serde(skip_serializing_if = "str::is_empty")]
     name: &'a str,
+    #[serde(skip_serializing_if = "is_zero")]
     badblock_count: u64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     badblocks: Vec<BadRow>,
@@ -66,6 +74,10 @@ pub(crate) struct NamespaceRow<'a> {
 struct BadRow {
     offset: u64,
     length: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 fn bytes(pages: u64) -> u64 {
@@ -121,13 +133,15 @@ pub(crate) fn namespaces(table: &Table) -> Vec<NamespaceRow<'_>> {
     let all = table.namespaces().iter();
     all.map(|namespace| {
         let (badblock_count, badblocks) = row(namespace);
+        let files = namespace.mode == Mode::FsDax;
         NamespaceRow {
             dev: format!("namespace{}.{}", table.region, namespace.id.0),
             mode: namespace.mode.name(),
-            map: "dev",
+            map: "mem",
             size: namespace.size().bytes(),
             uuid: namespace.uuid.to_string(),
-            chardev: table.device_name(namespace.id),
+            chardev: (!files).then(|| table.device_name(namespace.id)),
+            sector_size: files.then_some(512),
             align: namespace.align.bytes(),
             name: &namespace.name,
             badblock_count,
@@ -143,7 +157,7 @@ pub(crate) fn text(path: &Path, table: &Table) -> String {
     let size = ByteSize::new(bytes(table.capacity));
     let mut text = format!(
         "{}: region {}, {size} in pages of {}, {} free, {} of it in one piece",
-        path.display(),
+        one_line(&path.to_string_lossy()),
         table.region,
         table.page,
         available.size(),
@@ -162,13 +176,32 @@ pub(crate) fn text(path: &Path, table: &Table) -> String {
             namespace.align.to_string(),
             namespace.extents.len().to_string(),
             ByteSize::new(bytes(bad)).to_string(),
-            namespace.name.clone(),
+            one_line(&namespace.name),
         ]);
     }
     text
 }
 
+/// What people may have called it, without what would change their terminal.
+fn one_line(name: &str) -> String {
+    let plain = |letter: char| match letter.is_control() {
+        true => letter.escape_default().to_string(),
+        false => letter.to_string(),
+    };
+    name.chars().map(plain).collect()
+}
+
 fn row([device, mode, size, align, ranges, bad, name]: [String; 7]) -> String {
     let line = format!("\n{device:<10} {mode:<10} {size:>10} {align:>5} {ranges:>6} {bad:>8} {name}");
     line.trim_end_matches(' ').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_people_called_it_is_one_line() {
+        assert_eq!(one_line("a\nb\x1b[2J\u{85}é"), "a\\nb\\u{1b}[2J\\u{85}é");
+    }
 }

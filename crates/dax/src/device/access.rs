@@ -88,7 +88,7 @@ impl Core {
         let window = Window::reserve(len, self.source.align.bytes(), 0, Protection::ReadWrite)?;
         for section in self.source.locate(0, self.source.pages()) {
             let (at, bytes) = (section.page as usize * PAGE_SIZE, section.len as usize * PAGE_SIZE);
-            window.map(at, bytes, self.source.file.as_fd(), section.at, false)?;
+            window.map(at, bytes, self.source.file.as_fd(), section.at, self.source.kind.syncs())?;
         }
         Ok(self.access.get_or_init(|| window))
     }

@@ -15,13 +15,15 @@
 //!   touch again: SIGBUS           registered mapping, and says so
 //! ```
 //!
+//! Locks    `changing`, innermost, held while mappings are replaced: what is opened was good when that was looked up, and
+//!          who takes pages away comes after. A device that was killed is opened by nobody but [`Mapped::revive`].
 //! Faults   take no lock and allocate nothing (debug builds note the reference in the pagemap's ledger).
 //! Owns     the window; unmapping it unregisters it.
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uhmm_addr::{PAGE_SIZE, VaRange, VirtAddr};
 use uhmm_core::host::Stop;
@@ -51,23 +53,17 @@ pub(super) struct Mapped {
     pub(super) window: Window,
     /// The first page of the device that is mapped.
     page: u64,
-    sync: bool,
     /// One bit for each compound page: accesses end in SIGBUS.
     lost: Box<[AtomicU64]>,
-    /// The device was killed.
+    /// The device was killed. Set with `changing` held.
     killed: AtomicBool,
+    changing: Mutex<()>,
     /// Faults that mapped a page.
     faults: AtomicU64,
 }
 
 impl Mapped {
-    pub(super) fn new(
-        core: &Arc<Core>,
-        page: u64,
-        len: u64,
-        protection: Protection,
-        sync: bool,
-    ) -> io::Result<Self> {
+    pub(super) fn new(core: &Arc<Core>, page: u64, len: u64, protection: Protection) -> io::Result<Self> {
         let bytes = len as usize * PAGE_SIZE;
         let unit = core.source.align.bytes();
         // What is at a multiple of 2 MiB in the device is so in memory, whatever its alignment.
@@ -80,9 +76,9 @@ impl Mapped {
             core: core.clone(),
             window,
             page,
-            sync,
             lost,
             killed: AtomicBool::new(false),
+            changing: Mutex::default(),
             faults: AtomicU64::new(0),
         };
         mapped.open(page, len)?;
@@ -100,8 +96,21 @@ impl Mapped {
         (from < to).then(|| ((from - self.page) as usize * PAGE_SIZE, (to - from) as usize * PAGE_SIZE))
     }
 
-    /// Maps what is good of `len` pages from `page` of the device on, whole compound pages. The others raise SIGBUS.
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Maps what is good of `len` pages from `page` of the device on, whole compound pages. The others raise SIGBUS, as
+    /// all do when the device was killed.
     pub(super) fn open(&self, page: u64, len: u64) -> io::Result<()> {
+        let changing = self.changing();
+        if self.killed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.open_with(&changing, page, len)
+    }
+
+    fn open_with(&self, changing: &MutexGuard<'_, ()>, page: u64, len: u64) -> io::Result<()> {
         let Some((at, bytes)) = self.inside(page, len) else { return Ok(()) };
         let unit = self.unit_bytes();
         let (first, end) = (at / unit, (at + bytes) / unit);
@@ -110,7 +119,7 @@ impl Mapped {
             let bad = self.is_bad(unit);
             let run = (unit..end).find(|unit| self.is_bad(*unit) != bad).unwrap_or(end);
             if bad {
-                self.close(self.page_of(unit), self.page_of(run) - self.page_of(unit))?;
+                self.close_with(changing, self.page_of(unit), self.page_of(run) - self.page_of(unit))?;
             } else {
                 self.connect_file(self.page_of(unit), self.page_of(run) - self.page_of(unit))?;
                 for unit in unit..run {
@@ -137,7 +146,7 @@ impl Mapped {
         for section in source.locate(page, len) {
             let (at, bytes) =
                 ((section.page - self.page) as usize * PAGE_SIZE, section.len as usize * PAGE_SIZE);
-            self.window.map(at, bytes, source.file.as_fd(), section.at, self.sync)?;
+            self.window.map(at, bytes, source.file.as_fd(), section.at, source.kind.syncs())?;
             if let Some(uffd) = &self.core.uffd {
                 let part = self.window.part(at, bytes)?;
                 // SAFETY: the memory is this window's own, and reached through raw pointers alone. Its pages come from
@@ -150,6 +159,10 @@ impl Mapped {
 
     /// Takes the compound pages of `len` pages from `page` of the device on away. Whether any of them is mapped here.
     pub(super) fn close(&self, page: u64, len: u64) -> io::Result<bool> {
+        self.close_with(&self.changing(), page, len)
+    }
+
+    fn close_with(&self, _: &MutexGuard<'_, ()>, page: u64, len: u64) -> io::Result<bool> {
         let Some((at, bytes)) = self.inside(page, len) else { return Ok(false) };
         let unit = self.unit_bytes();
         let (first, end) = (at / unit, (at + bytes).div_ceil(unit));
@@ -162,13 +175,15 @@ impl Mapped {
 
     /// Takes everything away, until [`Mapped::revive`].
     pub(super) fn kill(&self) -> io::Result<()> {
+        let _changing = self.changing();
         self.killed.store(true, Ordering::SeqCst);
         self.replace(0, self.window.range().bytes())
     }
 
     /// Puts back what [`Mapped::kill`] took.
     pub(super) fn revive(&self) -> io::Result<()> {
-        self.open(self.page, self.window.range().pages().get() as u64)?;
+        let changing = self.changing();
+        self.open_with(&changing, self.page, self.window.range().pages().get() as u64)?;
         self.killed.store(false, Ordering::SeqCst);
         Ok(())
     }

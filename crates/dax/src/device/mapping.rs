@@ -23,7 +23,8 @@ pub struct MapOptions {
     pub protection: Protection,
     /// A mapping of one's own, which no device gives.
     pub private: bool,
-    /// A store shall be safe as soon as it was flushed from the processor's cache (`MAP_SYNC`).
+    /// A store must be safe as soon as it was flushed from the processor's cache (`MAP_SYNC`). Where that can be had,
+    /// mappings are made so without being asked; this has the others refused.
     pub sync: bool,
 }
 
@@ -71,10 +72,8 @@ impl Device {
             return Err(MapError::NoSync { device: device() });
         }
         let io = |error| MapError::Io { device: device(), error };
-        // Memory has nothing that could be unsafe; the kernel knows the flag for persistent memory alone.
-        let sync = options.sync && kind == Kind::Dax;
         let (page, pages) = (offset / PAGE_SIZE as u64, len / PAGE_SIZE as u64);
-        let part = Mapped::new(self.core(), page, pages, options.protection, sync).map_err(io)?;
+        let part = Mapped::new(self.core(), page, pages, options.protection).map_err(io)?;
         let part = Arc::new(part);
         let entered = PARTS.enter(part.clone(), part.window.range()).map_err(io)?;
         let mut parts = self.core().lock_parts();

@@ -7,7 +7,7 @@
 //!          when they were flushed, and an error where a page is lost, instead of other bytes.
 //! Owns     the claim to its namespace, its pfns, its pagemap (type `Generic`) and its thread. Mappings keep all that.
 //! Locks    `parts`, the list of what is mapped; `marks`, while labels and pagemap are made to agree. `marks` before
-//!          `parts`. A fault takes neither, in the thread that touches; the device's own thread takes `parts`.
+//!          `parts`, and a part's own lock inside both. A fault takes neither, in the thread that touches; the device's own thread takes `parts`.
 //! Fails    with one error for each thing that is asked.
 //! Source   `drivers/dax/device.c` (`check_vma`, `dev_dax_huge_fault`, `dax_set_mapping`), `drivers/dax/bus.c`
 //!          (`kill_dev_dax`), `mm/memory-failure.c`.
@@ -19,6 +19,8 @@ pub(crate) mod mapped;
 mod mapping;
 pub(crate) mod reach;
 pub(crate) mod source;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};

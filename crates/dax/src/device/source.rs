@@ -86,6 +86,16 @@ impl Source {
         Ok(Self { name, align, kind: Kind::Dax, file, sections, store: None })
     }
 
+    /// One that says it is persistent memory, in a file that the kernel does not map with `MAP_SYNC`.
+    #[cfg(test)]
+    pub(crate) fn not_persistent(len: u64) -> Self {
+        let file = rustix::fs::memfd_create("uhmm-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, len).unwrap();
+        let section = Section { page: 0, len: len / PAGE_SIZE as u64, at: 0 };
+        let (name, align) = ("dax9.9".to_owned(), Geometry::M2);
+        Self { name, align, kind: Kind::Dax, file, sections: vec![section], store: None }
+    }
+
     /// Pages in it.
     pub(crate) fn pages(&self) -> u64 {
         self.sections.last().map_or(0, |last| last.page + last.len)

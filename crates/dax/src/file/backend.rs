@@ -10,6 +10,7 @@
 //!          header is none.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use redb::StorageBackend;
@@ -31,14 +32,20 @@ pub(super) struct Backend {
     room: u64,
     align: Geometry,
     len: Mutex<u64>,
+    /// The table was to outgrow its place.
+    outgrown: AtomicBool,
 }
+
+/// A backend as a database has it: another one may have it afterwards.
+#[derive(Debug)]
+pub(super) struct Lent(pub(super) Arc<Backend>);
 
 impl Backend {
     /// What is there; a blank area is formatted. A blank header alone is not a blank area.
     pub(super) fn open(area: Arc<dyn Area>, room: u64, align: Geometry) -> io::Result<Self> {
         let mut sector = [0; SECTOR];
         area.read(0, &mut sector)?;
-        let backend = Self { area, room, align, len: Mutex::new(0) };
+        let backend = Self { area, room, align, len: Mutex::new(0), outgrown: AtomicBool::new(false) };
         if sector.iter().all(|byte| *byte == 0) {
             let mut behind = [0; PAGE_SIZE];
             backend.area.read(TABLE_AT, &mut behind)?;
@@ -51,6 +58,16 @@ impl Backend {
             *backend.lock() = backend.header(&sector)?;
         }
         Ok(backend)
+    }
+
+    /// Bytes that the table may have.
+    pub(super) fn table_room(&self) -> u64 {
+        self.room - TABLE_AT
+    }
+
+    /// Whether the table was to outgrow its place since the last call.
+    pub(super) fn take_outgrown(&self) -> bool {
+        self.outgrown.swap(false, Ordering::SeqCst)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, u64> {
@@ -105,41 +122,42 @@ impl Backend {
     }
 }
 
-impl StorageBackend for Backend {
+impl StorageBackend for Lent {
     fn len(&self) -> io::Result<u64> {
-        Ok(*self.lock())
+        Ok(*self.0.lock())
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.area.read(self.inside(offset, out.len())?, out)
+        self.0.area.read(self.0.inside(offset, out.len())?, out)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        if len > self.room - TABLE_AT {
+        if len > self.0.table_room() {
+            self.0.outgrown.store(true, Ordering::SeqCst);
             let why = format!(
                 "the table of files would have {len} bytes, and has room for {}",
-                self.room - TABLE_AT
+                self.0.table_room()
             );
             return Err(io::Error::new(io::ErrorKind::StorageFull, why));
         }
-        let mut now = self.lock();
+        let mut now = self.0.lock();
         // New bytes are zero, before the header speaks of them.
         let zeros = [0; 64 << 10];
         for at in (*now..len).step_by(zeros.len()) {
             let part = zeros.len().min((len - at) as usize);
-            self.area.write(TABLE_AT + at, &zeros[..part])?;
+            self.0.area.write(TABLE_AT + at, &zeros[..part])?;
         }
-        self.area.sync()?;
-        self.write_header(len)?;
+        self.0.area.sync()?;
+        self.0.write_header(len)?;
         *now = len;
         Ok(())
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.area.sync()
+        self.0.area.sync()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.area.write(self.inside(offset, data.len())?, data)
+        self.0.area.write(self.0.inside(offset, data.len())?, data)
     }
 }

@@ -45,7 +45,7 @@ impl Blocks {
         let window = Window::reserve(len, align, 0, Protection::ReadWrite).map_err(io)?;
         for section in source.locate(0, source.pages()) {
             let (at, bytes) = (section.page as usize * PAGE_SIZE, section.len as usize * PAGE_SIZE);
-            window.map(at, bytes, source.file.as_fd(), section.at, false).map_err(io)?;
+            window.map(at, bytes, source.file.as_fd(), section.at, source.kind.syncs()).map_err(io)?;
         }
         let lengths: Vec<u64> = source.sections.iter().map(|section| section.len).collect();
         let region = Region::request(&lengths, source.align, &source.name);

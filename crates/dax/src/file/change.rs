@@ -9,6 +9,7 @@
 //!          mapping. Then the change has happened, and the blocks that it took away stay nobody's until the files are
 //!          opened the next time, because the mapping may still show them.
 
+use std::collections::BTreeSet;
 use std::sync::MutexGuard;
 
 use uhmm_addr::{ByteSize, PfnRange};
@@ -41,7 +42,7 @@ impl Body {
 
     /// A new file that is like `record`.
     fn add(&self, state: &mut State, name: &str, record: Record) -> Result<u64, FileError> {
-        if name.is_empty() || name.len() > 255 || name.contains(['/', '\0']) {
+        if name.is_empty() || name.len() > 255 || name.contains('/') || name.contains(char::is_control) {
             return Err(FileError::Name { name: name.into() });
         }
         if state.names.contains_key(name) {
@@ -87,12 +88,13 @@ impl Body {
 
     /// Blocks that a file has no longer: the last one to have them makes them free. The claims end with that.
     fn release(&self, state: &mut State, runs: impl Iterator<Item = Run>, claims: Vec<UniquePages>) {
+        let mut last = BTreeSet::new();
         for run in runs {
             for block in run.block..run.block + run.len {
                 match state.shared.get_mut(&block) {
                     Some(1) => {
                         state.shared.remove(&block);
-                        self.associate_last(state, block);
+                        last.insert(block);
                     }
                     Some(more) => *more -= 1,
                     None => {
@@ -102,6 +104,7 @@ impl Body {
                 }
             }
         }
+        self.associate_last(state, &last);
         drop(claims);
     }
 
@@ -177,10 +180,7 @@ impl Body {
                     given_up.push(Run { at: run.at + n, block: run.block + n, len: 1 });
                 }
             }
-            for run in &fresh {
-                record.runs.remove(run.at, run.at + run.len);
-                record.runs.insert(*run);
-            }
+            record.runs.replace(fresh.clone());
             if fresh.is_empty() { Ok(()) } else { Ok(self.meta.update(which.inode, &record)?) }
         })();
         if let Err(error) = provided {
@@ -198,12 +198,18 @@ impl Body {
         Ok(())
     }
 
-    /// A block that was several files' is one's.
-    fn associate_last(&self, state: &State, block: u64) {
-        let mut all =
-            state.files.iter().flat_map(|(inode, record)| record.runs.iter().map(move |run| (*inode, run)));
-        if let Some((inode, run)) = all.find(|(_, run)| run.block <= block && block < run.block + run.len) {
-            self.associate(state, inode, Run { at: run.at + (block - run.block), block, len: 1 });
+    /// Blocks that were several files' are one's each.
+    fn associate_last(&self, state: &State, blocks: &BTreeSet<u64>) {
+        if blocks.is_empty() {
+            return;
+        }
+        for (inode, record) in &state.files {
+            for run in record.runs.iter() {
+                for block in blocks.range(run.block..run.block + run.len) {
+                    let at = run.at + (block - run.block);
+                    self.associate(state, *inode, Run { at, block: *block, len: 1 });
+                }
+            }
         }
     }
 
@@ -289,8 +295,11 @@ impl Body {
             shown.sort_unstable();
             let mut fresh = Vec::new();
             let reached = record.size.div_ceil(block);
+            let mut done = from;
             for (from, to) in shown {
-                for (from, to) in record.runs.holes(from, to.min(reached).max(from)) {
+                let (from, to) = (from.max(done), to.min(reached));
+                done = done.max(to);
+                for (from, to) in record.runs.holes(from, to.max(from)) {
                     let more = match self.allocate(&mut state, from, to - from) {
                         Ok(more) => more,
                         Err(error) => {
@@ -298,10 +307,10 @@ impl Body {
                             return Err(error);
                         }
                     };
-                    more.iter().for_each(|run| record.runs.insert(*run));
                     fresh.extend(more);
                 }
             }
+            record.runs.replace(fresh.clone());
             if let Err(error) = self.meta.update(which.inode, &record) {
                 give_back(&mut state, &fresh);
                 return Err(error.into());
@@ -355,7 +364,7 @@ impl Body {
         let all = |record: &Record| record.runs.iter().collect();
         let (mut state, claims) = self.break_layouts(which, patience, all)?;
         let mut record = state.record(which)?.clone();
-        let mut copied = Vec::new();
+        let (mut copied, mut own) = (Vec::new(), BTreeSet::new());
         let views = self.views_of(which.inode);
         let made = (|| {
             for view in views.iter().filter(|view| view.protection == Protection::ReadWrite) {
@@ -363,7 +372,8 @@ impl Body {
                 for run in
                     runs.into_iter().flat_map(|run| (0..run.len).map(move |n| (run.at + n, run.block + n)))
                 {
-                    if copied.iter().any(|copy: &Run| copy.at == run.0) {
+                    // Another mapping shows it as well.
+                    if !own.insert(run.0) {
                         continue;
                     }
                     if self.blocks.is_lost(run.1) {
@@ -372,10 +382,9 @@ impl Body {
                     let copy = self.allocate(&mut state, run.0, 1)?;
                     copied.extend(&copy);
                     self.blocks.copy(run.1, copy[0].block)?;
-                    record.runs.remove(run.0, run.0 + 1);
-                    record.runs.insert(copy[0]);
                 }
             }
+            record.runs.replace(copied.clone());
             self.add(&mut state, name, record.clone())
         })();
         let inode = match made {
@@ -387,7 +396,7 @@ impl Body {
         };
         for run in record.runs.iter() {
             for n in 0..run.len {
-                if !copied.iter().any(|copy| copy.at == run.at + n) {
+                if !own.contains(&(run.at + n)) {
                     *state.shared.entry(run.block + n).or_default() += 1;
                 }
             }

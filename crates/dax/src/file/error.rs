@@ -11,7 +11,7 @@ use uhmm_core::pagemap::PageError;
 
 use super::meta::MetaError;
 use crate::device::DeviceError;
-use crate::store::ChangeError;
+use crate::store::{ChangeError, Holder, listed};
 
 /// Why a namespace's files are not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -29,11 +29,16 @@ pub enum FsError {
         /// The least there can be.
         least: ByteSize,
     },
-    /// Another process has its files.
-    #[error("{device} is in use by another process; files are one process's at a time")]
+    /// Somebody has its files.
+    #[error(
+        "the files of {device} are in use by {}; one has them at a time: end that first, or, in one process, share the FileSystem",
+        listed(holders)
+    )]
     InUse {
         /// The namespace.
         device: String,
+        /// Who has them.
+        holders: Vec<Holder>,
     },
     /// The table cannot be used.
     #[error("{device}: {error}")]
@@ -79,7 +84,7 @@ pub enum FileError {
         name: String,
     },
     /// No name for a file.
-    #[error("{name:?} is no name for a file; it has 1 to 255 bytes, no slash and no zero byte")]
+    #[error("{name:?} is no name for a file; it has 1 to 255 bytes, no slash and no control character")]
     Name {
         /// The name.
         name: String,
@@ -91,6 +96,14 @@ pub enum FileError {
         wanted: ByteSize,
         /// So much there is.
         free: ByteSize,
+    },
+    /// The table of files has no room for more. Files are as they were, and the others can be used.
+    #[error(
+        "the table of files would outgrow the {room} that there are for it, a 64th of the namespace; remove files, or put some in a larger namespace"
+    )]
+    TableFull {
+        /// How large it may be.
+        room: ByteSize,
     },
     /// A file can be no longer.
     #[error("{offset}+{len} is longer than a file can be, 2^56 bytes")]
@@ -149,11 +162,20 @@ pub enum FileError {
     Page(#[from] PageError),
     /// The table cannot be read or written.
     #[error(transparent)]
-    Meta(#[from] MetaError),
+    Meta(MetaError),
     /// The labels cannot be read or written.
     #[error(transparent)]
     Store(#[from] ChangeError),
     /// The system refused.
     #[error("the file cannot be accessed: {0}")]
     Io(#[from] io::Error),
+}
+
+impl From<MetaError> for FileError {
+    fn from(error: MetaError) -> Self {
+        match error {
+            MetaError::Full { room } => Self::TableFull { room },
+            error @ MetaError::Database(_) => Self::Meta(error),
+        }
+    }
 }

@@ -3,28 +3,48 @@
 //! What     [`Meta`], which files there are, how long they are and where their blocks lie; [`Record`], one file.
 //! Why      a change of a file is one transaction: after a crash there is the file before it or the file after it.
 //! Owns     the database, which is the truth; whoever changes it holds the file system's lock.
-//! Fails    with [`MetaError`]; then nothing has changed.
+//! Fails    with [`MetaError`]; then nothing has changed. After an error of its storage a database does nothing any more.
+//!          Where that was a table without room for more, nothing was written that counts, and it is opened anew; where
+//!          the medium failed it stays as it is, because nobody knows what is there until the files are opened again.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use uhmm_addr::PAGE_SIZE;
+use uhmm_addr::{ByteSize, PAGE_SIZE};
 
 use super::SIZE_MAX;
-use super::backend::Backend;
+use super::backend::{Backend, Lent};
 use super::runs::{Run, Runs};
 
 const NAMES: TableDefinition<'_, &str, u64> = TableDefinition::new("names");
 const FILES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("files");
+
+/// Empty but while a change is made that has the table grow.
+const SPARE: TableDefinition<'_, (), &[u8]> = TableDefinition::new("spare");
+
+/// Bytes that a change which has the table grow must leave free: taking something out of it needs pages as well, and
+/// shall succeed when the table is full.
+const SPARE_BYTES: usize = 60_000;
 
 /// Bytes that the database may keep in memory.
 const CACHE: usize = 4 << 20;
 
 /// Why the table cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("the table of files: {0}")]
-pub struct MetaError(#[source] Box<redb::Error>);
+pub enum MetaError {
+    /// It would outgrow its place.
+    #[error("the table of files would outgrow the {room} that there are for it")]
+    Full {
+        /// How large it may be.
+        room: ByteSize,
+    },
+    /// The database, or what it lies on, failed.
+    #[error("the table of files: {0}")]
+    Database(#[source] Box<redb::Error>),
+}
 
 fn failed(error: impl Into<redb::Error>) -> MetaError {
-    MetaError(Box::new(error.into()))
+    MetaError::Database(Box::new(error.into()))
 }
 
 /// One file.
@@ -61,20 +81,44 @@ impl Record {
     }
 }
 
+/// What a change asks of the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Needs {
+    /// It grows.
+    Room,
+    /// It does not.
+    Nothing,
+}
+
 /// The table of files.
 #[derive(Debug)]
 pub(super) struct Meta {
-    database: Database,
+    backend: Arc<Backend>,
+    /// None where it could not be opened anew, which the next one to want it tries again.
+    database: Mutex<Option<Database>>,
 }
 
 impl Meta {
     pub(super) fn open(backend: Backend) -> Result<Self, MetaError> {
-        let database =
-            Database::builder().set_cache_size(CACHE).create_with_backend(backend).map_err(failed)?;
-        let meta = Self { database };
+        let meta = Self { backend: Arc::new(backend), database: Mutex::new(None) };
         // So that reading finds them.
-        meta.change(|_, _| Ok(()))?;
+        meta.change(|_, _| Ok(Needs::Nothing))?;
         Ok(meta)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Database>> {
+        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn opened<'a>(&self, database: &'a mut Option<Database>) -> Result<&'a Database, MetaError> {
+        let found = match database.take() {
+            Some(found) => found,
+            None => {
+                let backend = Lent(self.backend.clone());
+                Database::builder().set_cache_size(CACHE).create_with_backend(backend).map_err(failed)?
+            }
+        };
+        Ok(database.insert(found))
     }
 
     fn change(
@@ -82,20 +126,36 @@ impl Meta {
         change: impl FnOnce(
             &mut redb::Table<'_, &str, u64>,
             &mut redb::Table<'_, u64, &[u8]>,
-        ) -> Result<(), redb::StorageError>,
+        ) -> Result<Needs, redb::StorageError>,
     ) -> Result<(), MetaError> {
-        let transaction = self.database.begin_write().map_err(failed)?;
-        {
-            let mut names = transaction.open_table(NAMES).map_err(failed)?;
-            let mut files = transaction.open_table(FILES).map_err(failed)?;
-            change(&mut names, &mut files).map_err(failed)?;
+        let mut database = self.lock();
+        let done = (|| {
+            let transaction = self.opened(&mut database)?.begin_write().map_err(failed)?;
+            let needs = {
+                let mut names = transaction.open_table(NAMES).map_err(failed)?;
+                let mut files = transaction.open_table(FILES).map_err(failed)?;
+                change(&mut names, &mut files).map_err(failed)?
+            };
+            if needs == Needs::Room {
+                // What a transaction takes and gives back is free at once.
+                let mut spare = transaction.open_table(SPARE).map_err(failed)?;
+                spare.insert((), [0; SPARE_BYTES].as_slice()).map_err(failed)?;
+                spare.remove(()).map_err(failed)?;
+            }
+            transaction.commit().map_err(failed)
+        })();
+        if done.is_err() && self.backend.take_outgrown() {
+            // It would refuse everything from now on. Nothing of the change was committed.
+            *database = None;
+            return Err(MetaError::Full { room: ByteSize::new(self.backend.table_room()) });
         }
-        transaction.commit().map_err(failed)
+        done
     }
 
     /// Every file: its name, its number and what is known of it.
     pub(super) fn files(&self) -> Result<Vec<(String, u64, Record)>, MetaError> {
-        let transaction = self.database.begin_read().map_err(failed)?;
+        let mut database = self.lock();
+        let transaction = self.opened(&mut database)?.begin_read().map_err(failed)?;
         let names = transaction.open_table(NAMES).map_err(failed)?;
         let files = transaction.open_table(FILES).map_err(failed)?;
         let corrupted = |name: &str| {
@@ -119,7 +179,7 @@ impl Meta {
         self.change(|names, files| {
             names.insert(name, inode)?;
             files.insert(inode, record.encode().as_slice())?;
-            Ok(())
+            Ok(Needs::Room)
         })
     }
 
@@ -128,12 +188,16 @@ impl Meta {
         self.change(|names, files| {
             names.remove(name)?;
             files.remove(inode)?;
-            Ok(())
+            Ok(Needs::Nothing)
         })
     }
 
     /// A file as it is from now on.
     pub(super) fn update(&self, inode: u64, record: &Record) -> Result<(), MetaError> {
-        self.change(|_, files| files.insert(inode, record.encode().as_slice()).map(drop))
+        self.change(|_, files| {
+            let bytes = record.encode();
+            let before = files.insert(inode, bytes.as_slice())?.map_or(0, |before| before.value().len());
+            Ok(if bytes.len() > before { Needs::Room } else { Needs::Nothing })
+        })
     }
 }

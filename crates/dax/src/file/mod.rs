@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use uhmm_addr::{ByteSize, PAGE_SIZE, PageCount, PfnRange, VirtAddr};
 use uhmm_core::pagemap::{Failure, Pagemap, PagemapOps, Told};
-use uhmm_sys::filelock::{self, FileLock};
+use uhmm_sys::filelock::{self, FileLock, LockError};
 use uhmm_sys::uffd::Uffd;
 
 pub use data::PinnedFile;
@@ -158,7 +158,10 @@ impl FileSystem {
         let file = filelock::reopened(store.medium().fd()).map_err(io)?;
         let byte = FILES_BYTE + u64::from(id.0);
         let alone = FileLock::try_acquire(file, byte, filelock::Kind::Exclusive);
-        let alone = alone.map_err(|_| FsError::InUse { device: device.clone() })?;
+        let alone = alone.map_err(|error| match error {
+            LockError::Held => FsError::InUse { device: device.clone(), holders: store.holders(byte) },
+            LockError::Os(error) => io(error),
+        })?;
         let driver = Arc::new(Driver::default());
         view::install().map_err(crate::device::DeviceError::from)?;
         let blocks = Arc::new(Blocks::new(source, driver.clone(), alone)?);

@@ -42,7 +42,42 @@ impl Runs {
 
     /// Those in blocks `from..to` of the file.
     pub(super) fn within(&self, from: u64, to: u64) -> impl Iterator<Item = Run> {
-        self.iter().filter_map(move |run| run.part(from, to))
+        let first = self.0.partition_point(|run| run.at + run.len <= from);
+        self.0[first..].iter().map_while(move |run| run.part(from, to))
+    }
+
+    /// Has `fresh`, in any order and apart, where there is something else or nothing: all in one pass.
+    pub(super) fn replace(&mut self, mut fresh: Vec<Run>) {
+        fresh.sort_unstable_by_key(|run| run.at);
+        let mut kept = Vec::with_capacity(self.0.len() + fresh.len());
+        let mut next = fresh.iter().peekable();
+        for run in &self.0 {
+            let mut from = run.at;
+            let end = run.at + run.len;
+            // What comes behind this one may be in the next as well.
+            while let Some(new) = next.peek().filter(|new| new.at < end) {
+                kept.extend(run.part(from, new.at));
+                from = from.max(new.at + new.len);
+                if new.at + new.len > end {
+                    break;
+                }
+                next.next();
+            }
+            kept.extend(run.part(from, end));
+        }
+        kept.extend(fresh);
+        kept.sort_unstable_by_key(|run| run.at);
+        self.0 = kept;
+        self.join();
+    }
+
+    /// Makes neighbours that follow each other on both sides one.
+    fn join(&mut self) {
+        self.0.dedup_by(|run, last| {
+            let follows = last.at + last.len == run.at && last.block + last.len == run.block;
+            last.len += if follows { run.len } else { 0 };
+            follows
+        });
     }
 
     /// The holes among blocks `from..to`, as first and end block.
@@ -69,21 +104,12 @@ impl Runs {
         removed
     }
 
-    /// Puts blocks where there is a hole.
-    pub(super) fn insert(&mut self, run: Run) {
+    /// Puts blocks where there is a hole: what many at once must agree with.
+    #[cfg(test)]
+    fn insert(&mut self, run: Run) {
         let at = self.0.partition_point(|other| other.at < run.at);
         self.0.insert(at, run);
-        // Neighbours that follow each other on both sides are one.
-        let mut joined: Vec<Run> = Vec::with_capacity(self.0.len());
-        for run in self.0.drain(..) {
-            match joined.last_mut() {
-                Some(last) if last.at + last.len == run.at && last.block + last.len == run.block => {
-                    last.len += run.len
-                }
-                _ => joined.push(run),
-            }
-        }
-        self.0 = joined;
+        self.join();
     }
 }
 
@@ -169,6 +195,54 @@ mod tests {
             let holes: u64 = runs.holes(3, 30).iter().map(|(from, to)| to - from).sum();
             assert_eq!(holes, 27 - map.range(3..30).count() as u64);
         }
+    }
+
+    #[test]
+    fn many_at_once_are_as_one_after_the_other() {
+        let mut state = 3_u64;
+        let mut random = |end: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % end
+        };
+        for _ in 0..2000 {
+            let mut runs = Runs::default();
+            let mut at = 0;
+            for _ in 0..random(6) {
+                at += random(4);
+                let len = random(5) + 1;
+                runs.insert(Run { at, block: 100 + random(50) * 7, len });
+                at += len;
+            }
+            let (mut fresh, mut at) = (Vec::new(), 0);
+            for _ in 0..random(6) {
+                at += random(5);
+                let len = random(6) + 1;
+                fresh.push(Run { at, block: 1000 + random(50) * 7, len });
+                at += len;
+            }
+            let mut one_by_one = runs.clone();
+            for run in &fresh {
+                one_by_one.remove(run.at, run.at + run.len);
+                one_by_one.insert(*run);
+            }
+            fresh.reverse();
+            runs.replace(fresh);
+            assert_eq!(runs, one_by_one);
+        }
+    }
+
+    #[test]
+    fn a_file_in_many_pieces_is_changed_in_one_pass() {
+        // Were each put by itself, that would be 10^11 steps.
+        const PIECES: u64 = 1 << 19;
+        let piece = |n: u64, step: u64| Run { at: 2 * n, block: step * n, len: 1 };
+        let mut runs = Runs::default();
+        runs.replace((0..PIECES).map(|n| piece(n, 3)).collect());
+        runs.replace((0..PIECES).rev().filter(|n| n % 2 == 0).map(|n| piece(n, 5)).collect());
+        assert_eq!(runs.iter().count() as u64, PIECES);
+        assert!((0..PIECES).zip(runs.iter()).all(|(n, run)| run == piece(n, if n % 2 == 0 { 5 } else { 3 })));
+        runs.replace(vec![Run { at: 0, block: 7, len: 2 * PIECES }]);
+        assert_eq!(runs.iter().count(), 1);
     }
 
     #[test]

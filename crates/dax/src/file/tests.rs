@@ -11,7 +11,7 @@ use uhmm_core::pagemap::Pagemap;
 
 use super::backend::Backend;
 use super::layout::{self, Waiting};
-use super::meta::{Meta, Record};
+use super::meta::{Meta, MetaError, Record};
 use super::runs::{Run, Runs};
 use super::*;
 use crate::machine::{Region, machine};
@@ -162,6 +162,62 @@ fn a_header_that_is_none_is_not_written_over() {
 }
 
 #[test]
+fn a_table_that_is_full_says_so_and_goes_on() {
+    let area = Noted::over(vec![0; ROOM as usize]);
+    let meta = open(area.clone());
+    let name = |n: u64| format!("{n:0200}");
+    let mut made = 0;
+    for round in 0..5 {
+        // Opened anew, it may have room for one more.
+        let told = loop {
+            match meta.create(&name(made), made + 1, &Record::default()) {
+                Ok(()) => made += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(told, MetaError::Full { room } if room.bytes() == ROOM - 4096), "{told}");
+        assert!(made > 500, "{made}");
+        assert_eq!(contents(&meta).len() as u64, made, "round {round}: what was refused has not happened");
+        meta.update(1, &Record { size: round, ..Record::default() }).unwrap();
+        assert_eq!(contents(&meta)[&name(0)].1, round);
+    }
+    for n in 0..made {
+        meta.remove(&name(n), n + 1).unwrap();
+    }
+    meta.create(&name(made), made + 1, &Record::default()).unwrap();
+    drop(meta);
+    let after = area.bytes.lock().unwrap().clone();
+    assert_eq!(contents(&open(Noted::over(after))).into_keys().collect::<Vec<_>>(), [name(made)]);
+}
+
+#[test]
+fn a_table_full_of_files_in_pieces_can_be_emptied() {
+    let area = Noted::over(vec![0; ROOM as usize]);
+    let meta = open(area.clone());
+    let pieces = |n: u64| (0..n).map(|k| Run { at: 2 * k, block: 300 + 2 * k, len: 1 }).collect();
+    let record = |n| Record { size: 1, runs: Runs::checked(pieces(n)).unwrap() };
+    // Many files in one piece or a few, and fewer in many.
+    for pieces in [1, 37, 1, 900, 37] {
+        let mut made = 0;
+        let full = loop {
+            match meta.create(&format!("file {made}"), made + 1, &record(made * pieces % 901)) {
+                Ok(()) => made += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(full, MetaError::Full { room } if room.bytes() == ROOM - 4096), "{full}");
+        let before = contents(&meta);
+        assert_eq!(before.len() as u64, made, "nothing happened");
+        assert!(meta.create("another", made + 1, &record(900)).is_err());
+        assert_eq!(contents(&open(Noted::over(area.bytes.lock().unwrap().clone()))), before);
+        for n in 0..made {
+            meta.remove(&format!("file {n}"), n + 1).unwrap_or_else(|why| panic!("{n} of {made}: {why}"));
+        }
+        assert!(contents(&meta).is_empty());
+    }
+}
+
+#[test]
 fn records_that_no_file_can_have_are_refused() {
     let end = SIZE_MAX / 4096;
     let record = |size, at| Record { size, runs: Runs::checked(vec![Run { at, block: 1, len: 1 }]).unwrap() };
@@ -174,6 +230,20 @@ fn records_that_no_file_can_have_are_refused() {
         let meta = open(Noted::over(vec![0; ROOM as usize]));
         meta.create("a", inode, &record).unwrap();
         assert_eq!(meta.files().is_ok(), fine, "{inode} {record:?}");
+    }
+}
+
+#[test]
+fn blocks_on_persistent_memory_are_mapped_so_that_a_flush_is_enough() {
+    // The kernel refuses the flag for this file, which shows that it was asked.
+    let source = Source::not_persistent(4 << 20);
+    let lock = filelock::reopened(std::os::fd::AsFd::as_fd(&source.file)).unwrap();
+    let lock = FileLock::try_acquire(lock, 0, filelock::Kind::Exclusive).unwrap();
+    match Blocks::new(source, Arc::new(Driver::default()), lock) {
+        Err(crate::device::DeviceError::Io { error, .. }) => {
+            assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()));
+        }
+        other => panic!("{other:?}"),
     }
 }
 

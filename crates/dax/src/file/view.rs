@@ -123,7 +123,7 @@ impl View {
         for section in source.locate(block * pages, len * pages) {
             let skip = (section.page - block * pages) as usize * PAGE_SIZE;
             let (at, bytes) = (self.bytes(at - self.first) + skip, section.len as usize * PAGE_SIZE);
-            self.window.map(at, bytes, source.file.as_fd(), section.at, false)?;
+            self.window.map(at, bytes, source.file.as_fd(), section.at, source.kind.syncs())?;
         }
         Ok(())
     }

@@ -61,6 +61,28 @@ pub enum OpenError {
         /// What was named.
         path: PathBuf,
     },
+    /// There is a file of that name.
+    #[error("{path:?} exists; --capacity is for a store that does not")]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Somebody is changing the store, and does not come to an end.
+    #[error(
+        "{path:?} is being changed by {}, which has not finished within {seconds} seconds",
+        listed(holders)
+    )]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+        /// Who is changing it.
+        holders: Vec<Holder>,
+    },
+    /// Its first namespace cannot be.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// There is not even room for labels and one page.
     #[error("{path:?} has {size} bytes, and a store has at least {least}")]
     TooSmall {
@@ -90,6 +112,23 @@ pub enum OpenError {
         page: Geometry,
         /// The command that reserves them.
         command: String,
+    },
+    /// The file system of huge pages is mounted with a limit.
+    #[error(
+        "{wanted} huge pages of {page} are needed for {path:?}, and its file system is mounted with a limit of {limit}, of which {left} are free; mount it with size={}, or without a limit",
+        ByteSize::new((limit - left + wanted) as u64 * page.bytes() as u64)
+    )]
+    HugeMount {
+        /// The file.
+        path: PathBuf,
+        /// Pages that are needed.
+        wanted: usize,
+        /// Pages that the file system may have.
+        limit: usize,
+        /// Of these, pages that nobody has.
+        left: usize,
+        /// Their size.
+        page: Geometry,
     },
     /// There is not so much room.
     #[error("there is no room for {path:?} of {size} ({errno}); ask for less, or name a file elsewhere")]
@@ -130,7 +169,7 @@ pub enum ChangeError {
     Busy {
         /// The namespace.
         device: String,
-        /// Who has the store open.
+        /// Who uses it.
         holders: Vec<Holder>,
     },
     /// It is mapped further than the new size reaches.
@@ -142,7 +181,7 @@ pub enum ChangeError {
         size: ByteSize,
         /// How far it is mapped.
         mapped: ByteSize,
-        /// Who has the store open.
+        /// Who uses it.
         holders: Vec<Holder>,
     },
     /// It holds files, which would be lost.
@@ -151,15 +190,25 @@ pub enum ChangeError {
         /// The namespace.
         device: String,
     },
+    /// It holds files, whose blocks are of its alignment.
+    #[error(
+        "{device} holds files in blocks of {align}, its alignment, and keeps it; make another namespace and copy them, or give it another mode, and the files up"
+    )]
+    FilesAlign {
+        /// The namespace.
+        device: String,
+        /// Its alignment.
+        align: Geometry,
+    },
     /// Somebody else is changing the store, and does not come to an end.
     #[error(
-        "another process is changing the store, and has not finished within {seconds} seconds ({})",
+        "the store is being changed by {}, which has not finished within {seconds} seconds",
         listed(holders)
     )]
     Locked {
         /// How long it was waited for.
         seconds: u64,
-        /// Who has the store open.
+        /// Who is changing it.
         holders: Vec<Holder>,
     },
     /// The labels cannot be read or written.

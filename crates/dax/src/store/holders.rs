@@ -1,8 +1,11 @@
 //! Who uses a file.
 //!
-//! What     [`holders`], the processes that have a file open, and how much of it each has mapped.
-//! Why      "busy" alone sends people looking; the answer names whom to ask.
+//! What     [`holders`], the processes that hold the lock of a byte of a file, and how much of it each has mapped.
+//! Why      "busy" alone sends people looking; the answer names whom to ask. That a process has the file open says
+//!          nothing: the one that asks has as well.
 //! Owns     nothing. A snapshot, of the processes that this user may look into.
+//! Source   locks of open files name no process (`F_OFD_GETLK`), but `/proc/PID/fdinfo` shows each with its file
+//!          (`show_fd_locks`).
 //! Fails    never: what cannot be read is left out.
 
 use core::fmt;
@@ -10,7 +13,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
-/// A process that has a store open.
+/// A process that holds a lock of a store.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Holder {
     /// Its number.
@@ -23,18 +26,22 @@ pub struct Holder {
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "process {} ({})", self.pid, self.name)
+        let name = self.name.escape_debug();
+        match self.pid == std::process::id() {
+            true => write!(f, "process {} ({name}), this one", self.pid),
+            false => write!(f, "process {} ({name})", self.pid),
+        }
     }
 }
 
 /// Several holders, for a message.
-pub(super) fn listed(holders: &[Holder]) -> String {
+pub(crate) fn listed(holders: &[Holder]) -> String {
     let all: Vec<String> = holders.iter().map(Holder::to_string).collect();
     if all.is_empty() { "a process of another user".to_owned() } else { all.join(", ") }
 }
 
-/// Who has `file` open.
-pub(super) fn holders(file: impl AsFd) -> Vec<Holder> {
+/// Who holds the lock of `byte` of `file`.
+pub(crate) fn holders(file: impl AsFd, byte: u64) -> Vec<Holder> {
     let Ok(wanted) = rustix::fs::fstat(file) else { return Vec::new() };
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     let device = format!("{:02x}:{:02x}", rustix::fs::major(wanted.st_dev), rustix::fs::minor(wanted.st_dev));
@@ -42,23 +49,37 @@ pub(super) fn holders(file: impl AsFd) -> Vec<Holder> {
     let mut found = Vec::new();
     for process in processes.flatten() {
         let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else { continue };
-        let open = fs::read_dir(process.path().join("fd")).is_ok_and(|mut files| {
+        let holds = fs::read_dir(process.path().join("fd")).is_ok_and(|files| {
             // The link is followed: it names the open file, whatever became of its path.
-            files.any(|file| {
-                let stat = file.and_then(|file| fs::metadata(file.path()));
-                stat.is_ok_and(|stat| stat.ino() == wanted.st_ino && stat.dev() == wanted.st_dev)
+            files.flatten().any(|file| {
+                let is_it = fs::metadata(file.path())
+                    .is_ok_and(|stat| stat.ino() == wanted.st_ino && stat.dev() == wanted.st_dev);
+                let info = process.path().join("fdinfo").join(file.file_name());
+                is_it && fs::read_to_string(info).is_ok_and(|info| info.lines().any(|line| locks(line, byte)))
             })
         });
+        if !holds {
+            continue;
+        }
         let maps = fs::read_to_string(process.path().join("maps")).unwrap_or_default();
         let mapped: Vec<(u64, u64)> =
             maps.lines().filter_map(|line| mapped(line, device, wanted.st_ino)).collect();
-        if open || !mapped.is_empty() {
-            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            found.push(Holder { pid, name: name.trim_end().to_owned(), mapped });
-        }
+        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        found.push(Holder { pid, name: name.trim_end().to_owned(), mapped });
     }
     found.sort_by_key(|holder| holder.pid);
     found
+}
+
+/// Whether a line of `/proc/PID/fdinfo/FD` says that the open file has this byte locked:
+/// `lock: 1: OFDLCK  ADVISORY  READ -1 fd:01:1234 2305843009213693952 2305843009213693952`.
+fn locks(line: &str, byte: u64) -> bool {
+    let Some(lock) = line.strip_prefix("lock:").filter(|lock| !lock.contains("->")) else { return false };
+    let mut words = lock.split_ascii_whitespace().rev();
+    let (end, start) = (words.next(), words.next());
+    let number = |word: Option<&str>| word.and_then(|word| word.parse::<u64>().ok());
+    let end = if end == Some("EOF") { Some(u64::MAX) } else { number(end) };
+    number(start).zip(end).is_some_and(|(start, end)| start <= byte && byte <= end)
 }
 
 /// Which part of the file a line of `/proc/PID/maps` is about:
@@ -76,16 +97,39 @@ fn mapped(line: &str, device: &str, inode: u64) -> Option<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use uhmm_sys::filelock::{self, FileLock, Kind};
+
     use super::*;
 
     #[test]
-    fn a_process_that_has_a_file_is_found() {
+    fn a_process_that_holds_a_byte_is_found_and_one_that_has_the_file_open_is_not() {
         let path = std::env::temp_dir().join(format!("uhmm-holders-{}", std::process::id()));
         let file = fs::File::create(&path).unwrap();
-        let found = holders(&file);
-        fs::remove_file(&path).unwrap();
+        assert_eq!(holders(&file, 1 << 60), []);
+        let own = filelock::reopened(file.as_fd()).unwrap();
+        let lock = FileLock::try_acquire(own, 1 << 60, Kind::Shared).unwrap();
+        let found = holders(&file, 1 << 60);
         assert_eq!(found.iter().map(|holder| holder.pid).collect::<Vec<_>>(), [std::process::id()]);
-        assert!(listed(&found).starts_with("process "), "{found:?}");
+        assert!(listed(&found).ends_with("), this one"), "{found:?}");
+        assert_eq!(holders(&file, (1 << 60) + 1), []);
+        drop(lock);
+        assert_eq!(holders(&file, 1 << 60), []);
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_name_is_written_on_one_line() {
+        let holder = Holder { pid: 1, name: "a\n\x1b[2J".into(), mapped: Vec::new() };
+        assert_eq!(holder.to_string(), "process 1 (a\\n\\u{1b}[2J)");
+    }
+
+    #[test]
+    fn a_line_says_which_byte() {
+        let line = "lock:\t1: OFDLCK  ADVISORY  READ -1 fd:01:1234 7 9";
+        assert!(locks(line, 7) && locks(line, 9) && !locks(line, 6) && !locks(line, 10));
+        assert!(locks("lock:\t1: POSIX  ADVISORY  WRITE 77 fd:01:1234 0 EOF", 1 << 60));
+        assert!(!locks("lock:\t1: -> OFDLCK ADVISORY WRITE -1 fd:01:1234 0 EOF", 1));
+        assert!(!locks("pos:\t0", 0) && !locks("lock:\tnonsense", 0));
     }
 
     #[test]

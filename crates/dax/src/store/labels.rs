@@ -43,6 +43,14 @@ pub enum LabelsError {
         /// The version.
         found: u32,
     },
+    /// No label can be told to be newer than these (`u64::MAX` of them were written, or somebody says so).
+    #[error(
+        "its labels have the sequence {sequence}, which no newer ones can follow; copy what it holds to another store"
+    )]
+    Exhausted {
+        /// The number of the labels in force.
+        sequence: u64,
+    },
     /// They have no room for more.
     #[error(transparent)]
     TooLong(#[from] TooLong),
@@ -99,7 +107,7 @@ impl Labels {
     /// Puts `table` in force, by the copy that is not.
     pub fn write(&mut self, area: &dyn Area, table: Table) -> Result<(), LabelsError> {
         self.changeable()?;
-        let label = Label { sequence: self.label.sequence + 1, table };
+        let label = Label { sequence: self.next()?, table };
         let bytes = encode(&label)?;
         let copy = 1 - self.copy;
         let at = copy * COPY_BYTES as u64;
@@ -111,12 +119,19 @@ impl Labels {
         Ok(())
     }
 
-    /// Whether there may be new ones: not over a newer version's.
+    /// Whether there may be new ones: not over a newer version's, and not behind the last number.
     pub fn changeable(&self) -> Result<(), LabelsError> {
         match self.other {
             Some(LabelFault::Newer { found }) => Err(LabelsError::Newer { found }),
-            _ => Ok(()),
+            _ => self.next().map(drop),
         }
+    }
+
+    /// The next label's number. The last of all is no label's, so that what is read can always be told from what follows.
+    fn next(&self) -> Result<u64, LabelsError> {
+        let sequence = self.label.sequence;
+        let next = sequence.checked_add(1).filter(|next| *next < u64::MAX);
+        next.ok_or(LabelsError::Exhausted { sequence })
     }
 
     /// What they say.

@@ -7,12 +7,15 @@
 //!          stores to them safe. Those are found out here, once. In a file of huge pages the labels have the first page
 //!          to themselves, for nothing smaller can be mapped there.
 //! Owns     the open file. One that it creates has mode 0600 (rule R9) and comes into being with its labels:
-//!          before they are safe it has another name.
+//!          before they are safe it has no name (`O_TMPFILE`), or where the file system knows no such files another
+//!          one, by which whoever creates the store next finds what a kill left, and removes it.
 //! Fails    with an [`OpenError`].
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +24,8 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use uhmm_addr::{ByteSize, Geometry, PAGE_SIZE};
+use uhmm_sys::dax::{Protection, Window};
+use uhmm_sys::filelock::{self, FileLock, LockError};
 use uhmm_sys::hugetlb::{Huge, Pool};
 use uhmm_sys::mapping::Mapping;
 use uhmm_sys::memfd::Memfd;
@@ -37,9 +42,11 @@ const RAMFS: i64 = 0x8584_58f6;
 /// How a medium is mapped, and what makes stores to it safe.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// A file whose pages are copies: the kernel maps them, `msync` writes them.
+    /// A file that the kernel makes safe, by `msync`: its pages are copies, or persistent memory behind which something
+    /// else must be flushed.
     PageCache,
-    /// A file on persistent memory, mapped in place: a store is safe when its cache line is written back.
+    /// Persistent memory, mapped in place with `MAP_SYNC`: a store is safe when its cache line is written back, because
+    /// where the page lies was safe before it could be touched.
     Dax,
     /// Memory without anything behind it, in ordinary pages.
     Memory,
@@ -55,6 +62,12 @@ impl Kind {
             Self::Huge(Huge::G1) => Geometry::G1,
             _ => Geometry::K4,
         }
+    }
+
+    /// Whether it is mapped with `MAP_SYNC`. Without it a page that the file system has only just placed could be lost
+    /// with power, and every store to it, however well flushed.
+    pub(crate) const fn syncs(self) -> bool {
+        matches!(self, Self::Dax)
     }
 }
 
@@ -87,12 +100,19 @@ impl Medium {
         capacity: ByteSize,
         format: impl FnOnce(&Self) -> Result<T, OpenError>,
     ) -> Result<(Self, T), OpenError> {
-        let name = path.file_name().ok_or_else(|| OpenError::os("create", path, Errno::ISDIR))?;
-        let new = path.with_file_name(format!(".{}.new-{}", name.display(), std::process::id()));
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let file = rustix::fs::open(&new, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|errno| OpenError::os("create", path, errno))?;
-        let made = kind_of(&file, path).and_then(|kind| {
+        let os = |errno| OpenError::os("create", path, errno);
+        match rustix::fs::lstat(path) {
+            Ok(_) => return Err(OpenError::Exists { path: path.into() }),
+            Err(Errno::NOENT) => {}
+            Err(errno) => return Err(os(errno)),
+        }
+        let new = New::make(path).map_err(os)?;
+        let file = new.file.try_clone().map_err(|error| OpenError::Io {
+            action: "create",
+            path: path.into(),
+            error,
+        })?;
+        kind_of(&file, path).and_then(|kind| {
             let data_at = data_at(kind);
             let page = kind.page();
             let size = capacity.bytes();
@@ -100,20 +120,17 @@ impl Medium {
                 return Err(OpenError::Capacity { capacity, page });
             }
             allocate(&file, kind, 0, data_at + size)
-                .map_err(|errno| no_room(path, kind, data_at + size, errno))?;
+                .map_err(|errno| no_room(&file, path, kind, data_at + size, errno))?;
             let medium = Self::over(file, path)?;
             let labels = format(&medium)?;
-            rustix::fs::renameat_with(CWD, &new, CWD, path, RenameFlags::NOREPLACE)
-                .map_err(|errno| OpenError::os("create", path, errno))?;
+            match new.name(path) {
+                Err(Errno::EXIST) => return Err(OpenError::Exists { path: path.into() }),
+                named => named.map_err(os)?,
+            }
             // The name shall be as safe as the labels; a directory that cannot be synced has nothing to lose.
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let _ = File::open(parent.unwrap_or(Path::new("."))).and_then(|parent| parent.sync_all());
+            let _ = File::open(parent(path)).and_then(|parent| parent.sync_all());
             Ok((medium, labels))
-        });
-        if made.is_err() {
-            let _ = rustix::fs::unlink(&new);
-        }
-        made
+        })
     }
 
     /// Memory without a name; its labels are in memory as well.
@@ -126,11 +143,11 @@ impl Medium {
         let path = Path::new("memory");
         let failed = |error: io::Error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::NOMEM);
-            no_room(path, kind, size, errno)
+            OpenError::os("create", path, errno)
         };
         let memory = Memfd::create("uhmm-dax", size, huge).map_err(failed)?;
         let file = memory.fd().try_clone_to_owned().map_err(failed)?;
-        allocate(&file, kind, 0, size).map_err(|errno| no_room(path, kind, size, errno))?;
+        allocate(&file, kind, 0, size).map_err(|errno| no_room(&file, path, kind, size, errno))?;
         let labels = Memfd::create("uhmm-dax-labels", AREA_BYTES, None).map_err(failed)?;
         let labels = FileArea { file: labels.fd().try_clone_to_owned().map_err(failed)?.into(), safe: false };
         Ok(Self { file: file.into(), kind, path: None, data_at: 0, data: size, labels: Box::new(labels) })
@@ -236,6 +253,99 @@ impl Medium {
     }
 }
 
+/// A file that is not there yet.
+struct New {
+    file: OwnedFd,
+    /// What it is called meanwhile, where it must have a name; and the lock that says that somebody is about it.
+    name: Option<(PathBuf, FileLock)>,
+}
+
+impl New {
+    fn make(path: &Path) -> Result<Self, Errno> {
+        sweep(path);
+        let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
+        match rustix::fs::open(parent(path), flags | OFlags::TMPFILE, mode) {
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Self::named(path),
+            file => Ok(Self { file: file?, name: None }),
+        }
+    }
+
+    fn named(path: &Path) -> Result<Self, Errno> {
+        let mut name = meanwhile(path).ok_or(Errno::ISDIR)?;
+        name.push(std::process::id().to_string());
+        let name = path.with_file_name(name);
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(&name, flags, Mode::RUSR | Mode::WUSR)?;
+        let lock = filelock::reopened(file.as_fd()).map_err(LockError::from);
+        match lock.and_then(|own| FileLock::try_acquire(own, 0, filelock::Kind::Exclusive)) {
+            Ok(lock) => Ok(Self { file, name: Some((name, lock)) }),
+            Err(error) => {
+                let _ = rustix::fs::unlink(&name);
+                Err(match error {
+                    LockError::Held => Errno::AGAIN,
+                    LockError::Os(error) => Errno::from_io_error(&error).unwrap_or(Errno::IO),
+                })
+            }
+        }
+    }
+
+    /// Gives it the name `path`, which nothing may have.
+    fn name(&self, path: &Path) -> Result<(), Errno> {
+        match &self.name {
+            None => {
+                let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                rustix::fs::linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW)
+            }
+            Some((name, _)) => {
+                match rustix::fs::renameat_with(CWD, name, CWD, path, RenameFlags::NOREPLACE) {
+                    // A file system that cannot promise that; a link it may.
+                    Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::link(name, path),
+                    renamed => renamed,
+                }
+            }
+        }
+    }
+}
+
+impl Drop for New {
+    fn drop(&mut self) {
+        if let Some((name, _)) = &self.name {
+            // Where it was renamed there is none.
+            let _ = rustix::fs::unlink(name);
+        }
+    }
+}
+
+/// What a file is called before it is a store, but for the number behind it.
+fn meanwhile(path: &Path) -> Option<OsString> {
+    let mut name = OsString::from(".");
+    name.push(path.file_name()?);
+    name.push(".new-");
+    Some(name)
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Removes what processes left that were killed before their store had its name.
+fn sweep(path: &Path) {
+    let (Some(name), Ok(entries)) = (meanwhile(path), std::fs::read_dir(parent(path))) else { return };
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let number = found.as_bytes().strip_prefix(name.as_bytes());
+        if !number.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_digit)) {
+            continue;
+        }
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let Ok(file) = rustix::fs::open(entry.path(), flags, Mode::empty()) else { continue };
+        // Whoever is still about it has it locked.
+        if FileLock::try_acquire(file, 0, filelock::Kind::Exclusive).is_ok() {
+            let _ = rustix::fs::unlink(entry.path());
+        }
+    }
+}
+
 /// Has the pages come into being: a device has its memory, whether somebody uses it or not.
 fn allocate(file: impl AsFd, kind: Kind, at: u64, len: u64) -> Result<(), Errno> {
     match rustix::fs::fallocate(&file, FallocateFlags::empty(), at, len) {
@@ -248,9 +358,18 @@ fn allocate(file: impl AsFd, kind: Kind, at: u64, len: u64) -> Result<(), Errno>
     }
 }
 
-fn no_room(path: &Path, kind: Kind, size: u64, errno: Errno) -> OpenError {
+fn no_room(file: impl AsFd, path: &Path, kind: Kind, size: u64, errno: Errno) -> OpenError {
     if let (Kind::Huge(huge), Errno::NOMEM | Errno::NOSPC) = (kind, errno) {
         let wanted = size.div_ceil(huge.bytes() as u64) as usize;
+        // What it has got of them counts as free again.
+        let _ = rustix::fs::ftruncate(&file, 0);
+        if let Ok(system) = rustix::fs::fstatfs(&file) {
+            // Without a limit both are 0, or -1.
+            let (limit, left) = (system.f_blocks as usize, system.f_bavail as usize);
+            if limit > 0 && limit < usize::MAX && left < wanted {
+                return OpenError::HugeMount { path: path.into(), wanted, limit, left, page: kind.page() };
+            }
+        }
         let pool = Pool::read(huge).unwrap_or(Pool { size: huge, total: 0, free: 0 });
         return OpenError::NoHugePages {
             wanted,
@@ -285,9 +404,16 @@ fn kind_of(file: impl AsFd, path: &Path) -> Result<Kind, OpenError> {
         _ => {
             let stat = rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::empty());
             let dax = stat.is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::DAX));
-            if dax { Kind::Dax } else { Kind::PageCache }
+            if dax && maps_sync(file.as_fd()) { Kind::Dax } else { Kind::PageCache }
         }
     })
+}
+
+/// Whether the kernel maps the file with `MAP_SYNC`. Not every file in place is one: behind virtual persistent memory the
+/// host has to be asked to flush (`dax_synchronous`).
+fn maps_sync(file: BorrowedFd<'_>) -> bool {
+    let window = Window::reserve(PAGE_SIZE, PAGE_SIZE, 0, Protection::ReadWrite);
+    window.and_then(|window| window.map(0, PAGE_SIZE, file, 0, true)).is_ok()
 }
 
 /// Labels at the front of a file that can be read and written.
@@ -348,5 +474,17 @@ impl Area for MappedArea {
     fn sync(&self) -> io::Result<()> {
         // Whoever watches the file learns of writes through a mapping by its times alone.
         self.file.set_modified(std::time::SystemTime::now())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_does_not_map_with_sync_is_not_taken_for_persistent_memory() {
+        let memory = Memfd::create("uhmm-test", 4096, None).unwrap();
+        assert!(!maps_sync(memory.fd()));
+        assert!(Kind::Dax.syncs() && !Kind::PageCache.syncs() && !Kind::Memory.syncs());
     }
 }

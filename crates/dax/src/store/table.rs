@@ -70,6 +70,12 @@ pub enum TableError {
         /// The name.
         name: String,
     },
+    /// The name would run over lines, or change the terminal that shows it.
+    #[error("the name {name:?} has control characters, and a namespace's may have none")]
+    ControlName {
+        /// The name.
+        name: String,
+    },
     /// The bytes are not in the namespace, or no whole pages.
     #[error("{offset}+{len} are no whole 4096-byte pages inside its {size} ({} bytes)", size.bytes())]
     Outside {
@@ -204,6 +210,26 @@ impl Table {
         Ok(id)
     }
 
+    /// Has a namespace be there, as it is said, whether one with its number was there or not. Its pages must be nobody
+    /// else's.
+    ///
+    /// # Errors
+    /// The first of its pages that are another's, or are not there.
+    pub(super) fn put(&mut self, namespace: Namespace) -> Result<(), Extent> {
+        let others = self.namespaces.iter().filter(|other| other.id != namespace.id);
+        let others: Vec<Extent> = others.flat_map(|other| other.extents.iter().copied()).collect();
+        let fits = |own: &Extent| {
+            own.end() <= self.capacity && others.iter().all(|other| own.intersect(*other).is_none())
+        };
+        if let Some(extent) = namespace.extents.iter().find(|own| !fits(own)) {
+            return Err(*extent);
+        }
+        self.namespaces.retain(|other| other.id != namespace.id);
+        let at = self.namespaces.partition_point(|other| other.id < namespace.id);
+        self.namespaces.insert(at, namespace);
+        Ok(())
+    }
+
     /// Gives a namespace another size. It grows into gaps, and shrinks from its end; what it keeps stays where
     /// it is.
     pub fn resize(&mut self, id: NamespaceId, size: ByteSize) -> Result<(), TableError> {
@@ -291,7 +317,13 @@ impl Table {
 }
 
 fn check_name(name: &str) -> Result<(), TableError> {
-    if name.len() > Namespace::NAME_MAX { Err(TableError::Name { name: name.into() }) } else { Ok(()) }
+    if name.len() > Namespace::NAME_MAX {
+        return Err(TableError::Name { name: name.into() });
+    }
+    if name.contains(char::is_control) {
+        return Err(TableError::ControlName { name: name.into() });
+    }
+    Ok(())
 }
 
 fn whole_units(size: ByteSize, align: Geometry) -> Result<u64, TableError> {

@@ -371,6 +371,22 @@ fn a_label_that_none_can_follow_is_refused() {
     assert_eq!(decode(&bytes), Err(LabelFault::Invalid("no label can follow it")));
 }
 
+#[test]
+fn behind_the_last_number_nothing_is_written() {
+    let area = Noted::over(blank());
+    let last = u64::MAX - 1;
+    area.write(0, &encode(&Label { sequence: last - 1, table: table(64) }).unwrap()).unwrap();
+    let mut labels = Labels::read(&area).unwrap();
+    labels.write(&area, table(64)).unwrap();
+    assert_eq!(Labels::read(&area).unwrap().sequence(), last);
+    let before = area.bytes.lock().unwrap().clone();
+    let told = labels.write(&area, table(64)).unwrap_err().to_string();
+    assert!(told.contains("the sequence 18446744073709551614"), "{told}");
+    assert!(labels.changeable().is_err(), "and nothing is made zero before");
+    assert!(*area.bytes.lock().unwrap() == before);
+    assert_eq!(Labels::read(&area).unwrap().sequence(), last);
+}
+
 /// Makes the copy at `at` one of the next version, with a checksum that holds.
 fn newer_copy(mut bytes: Vec<u8>, at: usize) -> Vec<u8> {
     let length = u32::from_le_bytes(bytes[at + 12..at + 16].try_into().unwrap()) as usize;
@@ -410,4 +426,54 @@ fn full_labels_say_so_and_stay() {
     let told = labels.write(&area, long).unwrap_err();
     assert!(matches!(told, LabelsError::TooLong(_)), "{told}");
     assert_eq!(Labels::read(&area).unwrap().table(), &table(1024));
+}
+
+#[test]
+fn who_makes_space_zero_keeps_nobody_from_the_labels() {
+    let store = Store::memory(ByteSize::mib(64), None, 0).unwrap();
+    let id = store.create_namespace(&spec(4, Geometry::K4)).unwrap();
+    // As another process has it that is in the middle of making a large namespace.
+    let space = wait_for(&store.medium, SPACE_BYTE, filelock::Kind::Exclusive).ok().unwrap();
+    let begun = Instant::now();
+    store.mark(id, 0, 4096, true).unwrap();
+    drop(store.claim(id).unwrap());
+    assert_eq!(store.table().unwrap().bad().runs().len(), 1);
+    store.destroy(id).unwrap();
+    assert!(begun.elapsed() < PATIENCE);
+    let told = store.create_namespace(&spec(4, Geometry::K4)).unwrap_err().to_string();
+    assert!(
+        told.starts_with("the store is being changed by process ") && told.contains("this one"),
+        "{told}"
+    );
+    drop(space);
+    store.create_namespace(&spec(4, Geometry::K4)).unwrap();
+}
+
+#[test]
+fn space_that_is_another_s_is_put_nowhere() {
+    let mut table = table(64);
+    let id = table.create(&spec(8, Geometry::M2), uuid(1)).unwrap();
+    let own = table.get(id).unwrap().clone();
+    let taken = Extent { start: own.extents[0].start + 7, len: 1 };
+    let other = Namespace { id: NamespaceId(5), extents: vec![taken], ..own.clone() };
+    let behind = Namespace { extents: vec![Extent { start: table.capacity, len: 1 }], ..other.clone() };
+    assert_eq!(table.put(other), Err(taken));
+    assert!(table.put(behind).is_err());
+    table.put(Namespace { name: "anew".into(), ..own }).unwrap();
+    assert_eq!((table.namespaces().len(), table.get(id).unwrap().name.as_str()), (1, "anew"));
+}
+
+#[test]
+fn many_bad_pages_are_mended_in_steps() {
+    let store = Store::memory(ByteSize::mib(64), None, 0).unwrap();
+    let id = store.create_namespace(&spec(48, Geometry::K4)).unwrap();
+    store.mark(id, 4096, 40 << 20, true).unwrap();
+    store.mark(id, 44 << 20, 4096, true).unwrap();
+    let before = store.labels.lock().unwrap().sequence();
+    let all = (40 << 20) / 4096 + 1;
+    assert_eq!(store.clear_error(id, 0, 48 << 20).unwrap().get(), all);
+    let steps = store.labels.lock().unwrap().sequence() - before;
+    assert_eq!(steps, (all as u64).div_ceil(STEP));
+    assert!(store.table().unwrap().bad().runs().is_empty());
+    assert!(store.clear_error(id, 0, 49 << 20).is_err());
 }
