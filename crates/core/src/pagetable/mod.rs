@@ -231,6 +231,19 @@ impl PageTable {
         (word, 1 << (chunk % 64))
     }
 
+    /// The first chunk of the next word of bits that has a used one; of the word behind `range` if none has. All of an
+    /// address space is a million words.
+    fn next_word(&self, chunk: usize, range: VaRange) -> usize {
+        let end = (range.end_page().since(self.first).get() - 1) / CHUNK_PAGES / 64 + 1;
+        // SAFETY: the table has a bit for each chunk of its pages, of which `range` is a part.
+        let is_empty = |word: usize| unsafe { self.used.add(word).as_ref() }.load(Ordering::Relaxed) == 0;
+        let mut word = chunk / 64 + 1;
+        while word < end && is_empty(word) {
+            word += 1;
+        }
+        word * 64
+    }
+
     /// The parts of `range` whose words may be other than empty, cut at chunk borders. Pages outside of the
     /// table have no words.
     pub fn used(&self, range: VaRange) -> impl Iterator<Item = VaRange> {
@@ -249,8 +262,8 @@ impl PageTable {
                     rest = here.skip(part.pages());
                     return Some(part);
                 }
-                let free = (ahead.min(64) - chunk % 64) * CHUNK_PAGES - here.first().in_chunk();
-                rest = here.skip(PageCount::new(free));
+                let next = if ahead < 64 { chunk / 64 * 64 + ahead } else { self.next_word(chunk, here) };
+                rest = here.skip(PageCount::new((next - chunk) * CHUNK_PAGES - here.first().in_chunk()));
             }
         })
     }
