@@ -2,7 +2,7 @@
 //!
 //! What   [`Windows`] remembers a few streams of faults. A fault about where a stream would go on doubles that
 //!        stream's window; any other fault starts one with the window of random access.
-//! Until  a window is as long as they go, or, from [`TRUSTED`] pages on, as long as a quarter of what the stream has
+//! Until  a window is as long as they go, or, from 64 pages on, as long as a quarter of what the stream has
 //!        come by: what is read in vain behind the end of a stretch is a part of the stretch, and small.
 //! Why    reading one page at random costs the latency of the device, reading them in order should cost
 //!        its bandwidth.
