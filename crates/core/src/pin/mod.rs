@@ -7,9 +7,9 @@
 //!         has `pin_user_pages` (FOLL_PIN) for it; it refuses to move such pages as well, but only tells after
 //!         it was asked for each.
 //! How     what is away comes home, holes are filled, and one touch by the system (`MADV_POPULATE_WRITE`) makes every page
-//!         the process's own. A flag in each page's word, which whoever wants to move the page looks at, and a list of holders. A page has
-//!         the flag as long as any holder's range has the page; those of whole chunks may have it for longer, so that they
-//!         can be pinned again in no time (`pin::ready`).
+//!         the process's own. A flag in each page's word, which whoever wants to move the page looks at, and a list of
+//!         holders. A page has the flag as long as any holder's range has the page; those of whole chunks may have it for
+//!         longer, so that they can be pinned again in no time (`pin::ready`).
 //! Owns    a [`Pin`] is a debt: whoever got it gives it back to `unpin`.
 //! Locks   one over the list, and over the clearing of flags; inside it nothing but waits for pages in flight, and the
 //!         locks under which a page is taken from where a coherent device has it mapped. A
