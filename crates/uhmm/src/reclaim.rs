@@ -46,6 +46,11 @@ const REGIONS: usize = 64;
 const STAGE_BATCH: PageCount = PageCount::new(128);
 /// Batches after which a full node is looked at again from which nothing could be demoted: a look is a walk.
 const NODE_REST: u32 = 64;
+/// How long pages of a mapping that allows nothing (locked, most likely) are left alone: an attempt copies them, and where
+/// others are to be reached only by several laps each lap would.
+const REFUSED_REST: Duration = Duration::from_millis(200);
+/// Stretches of such pages that are remembered.
+const REFUSED: usize = 64;
 /// Pages that are released in one go.
 const RELEASE_BATCH: PageCount = PageCount::new(32);
 /// Bytes that a program writes to fresh memory in a microsecond, at the most.
@@ -64,6 +69,8 @@ pub struct Reclaimer {
     lap: u32,
     staged: VecDeque<Slot>,
     regions: Box<[Region; REGIONS]>,
+    /// Stretches that could not be taken, and until when they are left alone.
+    refused: VecDeque<(VaRange, Duration)>,
     /// What lies between RAM and the device.
     nodes: Option<Arc<Nodes>>,
     /// Where the last look for pages of nodes ended.
@@ -87,6 +94,7 @@ impl Reclaimer {
             lap: 0,
             staged,
             regions,
+            refused: VecDeque::with_capacity(REFUSED),
             nodes: None,
             node_hand,
             node_rest: 0,
@@ -182,6 +190,11 @@ impl Reclaimer {
             if missing.is_zero() {
                 break;
             }
+            if let Some(behind) = self.end_of_refused(part) {
+                at = behind;
+                rest = VaRange::of_pages(at, present.end_page().since(at));
+                continue;
+            }
             let part = part.take(missing).take(STAGE_BATCH);
             let mut refused = Skipped::default();
             let looked_at = self.stage_part(part, since, &mut refused);
@@ -192,12 +205,40 @@ impl Reclaimer {
                 self.managed.unshare(part.take(looked_at));
                 self.stage_part(part.take(looked_at), since, &mut refused);
             }
+            if !looked_at.is_zero() && refused.get(Skip::Refused) == looked_at.get() as u64 {
+                self.note_refused(part.take(looked_at));
+            }
             skipped.merge(&refused);
             give_way();
             at = part.first().forward(looked_at);
             rest = VaRange::of_pages(at, present.end_page().since(at));
         }
         (staged(self), at)
+    }
+
+    /// Where the stretch at the front of `part` ends that is left alone for now, if one begins there.
+    fn end_of_refused(&mut self, part: VaRange) -> Option<Vpn> {
+        if self.refused.is_empty() {
+            return None;
+        }
+        let now = now();
+        self.refused.retain(|(_, until)| *until > now);
+        let known = self.refused.iter().find(|(range, _)| range.contains(part.first()));
+        known.map(|(range, _)| range.end_page().min(part.end_page()))
+    }
+
+    /// Leaves `range` alone for a while: as long as what lies before it, if that is left alone.
+    fn note_refused(&mut self, range: VaRange) {
+        if let Some((last, _)) = self.refused.back_mut()
+            && last.end_page() == range.first()
+        {
+            *last = VaRange::page(last.first()).grow(range.end_page().since(last.first()));
+            return;
+        }
+        if self.refused.len() == REFUSED {
+            self.refused.pop_front();
+        }
+        self.refused.push_back((range, now() + REFUSED_REST));
     }
 
     /// Stages what can be of the front of `part`; returns how much of it was looked at.
