@@ -227,9 +227,15 @@ impl PagemapBuilder {
             Some((memory, _)) => unsafe { Descriptors::over(memory, shape) },
             None => Descriptors::owned(shape),
         };
+        Ok(self.with(descriptors, reserved, park))
+    }
+
+    /// The pagemap, with these descriptors, of which the first range has `reserved` pages.
+    pub(super) fn with(self, descriptors: Descriptors, reserved: PageCount, park: Arc<dyn Park>) -> Pagemap {
+        let pages = self.ranges.iter().fold(PageCount::ZERO, |sum, range| sum.plus(range.pages));
         let idle = || Arc::new(Idle { name: self.name.clone(), memory_type: self.memory_type, pages });
         let device = self.device.unwrap_or_else(|| idle());
-        Ok(Pagemap {
+        Pagemap {
             memory_type: self.memory_type,
             memory: place_of(&*device),
             device,
@@ -245,7 +251,7 @@ impl PagemapBuilder {
             bad: Bad::default(),
             ledger: Ledger::new(),
             park,
-        })
+        }
     }
 }
 

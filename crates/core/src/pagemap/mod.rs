@@ -126,23 +126,8 @@ impl Pagemap {
 
     fn with(start: Pfn, device: Arc<dyn Device>, descriptors: Descriptors) -> Self {
         let range = PfnRange::new(start, device.capacity());
-        Self {
-            name: device.name().into(),
-            memory_type: device.memory_type(),
-            ranges: Ranges::new([range], Geometry::K4, PageCount::ZERO),
-            owner: Owner::of_own(start),
-            memory: place_of(&*device),
-            device,
-            ops: None,
-            descriptors,
-            stopped: AtomicU32::new(0),
-            registered: AtomicBool::new(false),
-            closing: AtomicBool::new(false),
-            cursor: AtomicUsize::new(0),
-            bad: Bad::default(),
-            ledger: Ledger::new(),
-            park: Arc::new(Spin),
-        }
+        let map = Self::builder(device.name(), device.memory_type()).range(range).device(device);
+        map.with(descriptors, PageCount::ZERO, Arc::new(Spin))
     }
 
     /// A pagemap for a [`Registry`]. `name` is what the ranges are called in the resource tree.
