@@ -151,6 +151,8 @@ fn cold_pages_go_to_the_node_before_any_goes_to_the_device() {
         let mut first = space.map::<u64>(3 * 256 * WORDS).unwrap();
         fill(&mut first, 1);
         eventually(|| space.residency(first.range()).resident <= pages(512));
+        // A page is taken on the node a moment before it is said to be there.
+        eventually(|| space.residency(first.range()).node >= pages(200));
         let nodes = space.nodes();
         assert_eq!((nodes.len(), nodes[0].device, nodes[0].name.as_str()), (1, node, "dax0.0"));
         assert!(nodes[0].used >= pages(200), "{setup:?}: {nodes:?}");
