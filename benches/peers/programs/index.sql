@@ -1,4 +1,4 @@
--- A table of a million and a half rows in memory, an index of it, and a check of both.
+/* A table in memory, an index of it, and a check of both. */
 PRAGMA cache_size = -1;
 CREATE TABLE t (id INTEGER PRIMARY KEY, k INTEGER, v TEXT);
 WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1500000)

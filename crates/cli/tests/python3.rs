@@ -22,17 +22,7 @@ for k, v in d.items():
 print(len(d), h)
 "#;
 
-const BYTEARRAY: &str = r#"
-import random, hashlib
-r = random.Random(11)
-size = 96 << 20
-b = bytearray(size)
-for at in range(0, size, 4096):
-    b[at:at + 8] = (at * 2654435761 & 0xffffffffffffffff).to_bytes(8, "little")
-for n in range(12000):
-    b[r.randrange(size)] = n & 255
-print(hashlib.sha256(b).hexdigest())
-"#;
+const BYTEARRAY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../benches/peers/programs/bytes.py");
 
 #[test]
 fn a_dict_in_a_half_and_a_quarter() {
@@ -43,5 +33,5 @@ fn a_dict_in_a_half_and_a_quarter() {
 #[test]
 fn a_bytearray_in_a_half_and_a_quarter() {
     let Some(python) = program("python3") else { return };
-    Case::new("python3-bytes", &python).args(&["-c", BYTEARRAY]).squeeze(&[2, 4]);
+    Case::new("python3-bytes", &python).args(&[BYTEARRAY, "96", "12000"]).squeeze(&[2, 4]);
 }
