@@ -82,122 +82,105 @@ impl<H: Host> Mm<H> {
         seen: &mut Segments<'_>,
     ) -> bool {
         seen.start(part.first());
-        let mut settled = true;
+        let mut look = Look { mm: self, beside, request, seen, settled: true };
         // Without room for more, what was seen is told.
-        let _ = self.look_at_mappings(part, beside, request, seen, &mut settled);
-        if self.looks_huge.load(Ordering::Relaxed) != seen.end_huge() {
-            self.looks_huge.store(seen.end_huge(), Ordering::Relaxed);
+        let _ = look.at_mappings(part);
+        let (settled, huge) = (look.settled, look.seen.end_huge());
+        if self.looks_huge.load(Ordering::Relaxed) != huge {
+            self.looks_huge.store(huge, Ordering::Relaxed);
         }
         settled
     }
+}
 
-    fn look_at_mappings(
-        &self,
-        part: VaRange,
-        beside: &Beside<'_>,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-        settled: &mut bool,
-    ) -> Result<(), Full> {
+/// One look, under way.
+struct Look<'a, 's, H: Host> {
+    mm: &'a Mm<H>,
+    beside: &'a Beside<'a>,
+    request: &'a Request<'a>,
+    seen: &'a mut Segments<'s>,
+    /// No change was under way, up to now.
+    settled: bool,
+}
+
+impl<H: Host> Look<'_, '_, H> {
+    fn at_mappings(&mut self, part: VaRange) -> Result<(), Full> {
         let mut found = [NO_RIGHTS; FOUND];
         let mut rest = Some(part);
         while let Some(range) = rest {
-            let (count, end) = self.host.mappings(range, &mut found);
+            let (count, end) = self.mm.host.mappings(range, &mut found);
             for rights in found[..count].iter().filter(|rights| rights.read) {
-                seen.push_to(rights.range.first(), UNMAPPED)?;
-                for gone in beside.gone.iter().filter_map(|gone| gone.intersect(rights.range)) {
-                    if let Some(usable) = VaRange::of_pages(seen.end(), gone.first().since(seen.end())) {
-                        self.look_at(Rights { range: usable, ..*rights }, beside, request, seen, settled)?;
+                self.seen.push_to(rights.range.first(), UNMAPPED)?;
+                for gone in self.beside.gone.iter().filter_map(|gone| gone.intersect(rights.range)) {
+                    if let Some(usable) =
+                        VaRange::of_pages(self.seen.end(), gone.first().since(self.seen.end()))
+                    {
+                        self.at(Rights { range: usable, ..*rights })?;
                     }
-                    seen.push_to(gone.end_page(), UNMAPPED)?;
+                    self.seen.push_to(gone.end_page(), UNMAPPED)?;
                 }
-                if let Some(usable) = behind(rights.range, seen.end()) {
-                    self.look_at(Rights { range: usable, ..*rights }, beside, request, seen, settled)?;
+                if let Some(usable) = behind(rights.range, self.seen.end()) {
+                    self.at(Rights { range: usable, ..*rights })?;
                 }
             }
-            seen.push_to(end, UNMAPPED)?;
+            self.seen.push_to(end, UNMAPPED)?;
             rest = behind(part, end);
         }
         Ok(())
     }
 
     /// The pages of a mapping, or of a part of it.
-    fn look_at(
-        &self,
-        rights: Rights,
-        beside: &Beside<'_>,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-        settled: &mut bool,
-    ) -> Result<(), Full> {
-        let _layout = self.layout.read(&self.host);
-        let done = self.walk_unknown(rights, beside, request, seen);
-        *settled &= !self.host.is_changing();
+    fn at(&mut self, rights: Rights) -> Result<(), Full> {
+        let _layout = self.mm.layout.read(&self.mm.host);
+        let done = self.walk_unknown(rights);
+        self.settled &= !self.mm.host.is_changing();
         done
     }
 
     /// The same: what is known is told, and the others are looked at.
-    fn walk_unknown(
-        &self,
-        rights: Rights,
-        beside: &Beside<'_>,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-    ) -> Result<(), Full> {
-        let Some(known) = beside.known.filter(|_| !rights.file) else {
-            return self.walk(rights, beside, request, seen);
+    fn walk_unknown(&mut self, rights: Rights) -> Result<(), Full> {
+        let Some(known) = self.beside.known.filter(|_| !rights.file) else {
+            return self.walk(rights);
         };
         let mut rest = Some(rights.range);
         while let Some(left) = rest {
             if let Some((range, order)) = known.run(left) {
-                seen.push_to(range.end_page(), PageView::Ram { write: rights.write, order })?;
+                self.seen.push_to(range.end_page(), PageView::Ram { write: rights.write, order })?;
             } else {
-                self.walk(Rights { range: known.gap(left), ..rights }, beside, request, seen)?;
+                self.walk(Rights { range: known.gap(left), ..rights })?;
             }
-            rest = behind(rights.range, seen.end());
+            rest = behind(rights.range, self.seen.end());
         }
         Ok(())
     }
 
     /// The same: pages that were put where they are by ourselves need no look at the page map, where all that happens to
     /// them is heard.
-    fn walk(
-        &self,
-        rights: Rights,
-        beside: &Beside<'_>,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-    ) -> Result<(), Full> {
+    fn walk(&mut self, rights: Rights) -> Result<(), Full> {
         // Huge pages take so little of a walk that the words are not worth a look.
-        if rights.file || beside.huge || !self.host.hears() {
-            return self.walk_page_map(rights, beside, request, seen);
+        if rights.file || self.beside.huge || !self.mm.host.hears() {
+            return self.walk_page_map(rights);
         }
         let plain = PageView::Ram { write: rights.write, order: Geometry::K4 };
         let mut rest = Some(rights.range);
         while let Some(left) = rest {
-            let known = self.table.installed(left);
-            seen.push_to(left.first().forward(known), plain)?;
+            let known = self.mm.table.installed(left);
+            self.seen.push_to(left.first().forward(known), plain)?;
             if let Some(left) = left.skip(known) {
-                let range = left.take(self.table.not_installed(left));
-                self.walk_page_map(Rights { range, ..rights }, beside, request, seen)?;
+                let range = left.take(self.mm.table.not_installed(left));
+                self.walk_page_map(Rights { range, ..rights })?;
             }
-            rest = behind(rights.range, seen.end());
+            rest = behind(rights.range, self.seen.end());
         }
         Ok(())
     }
 
     /// The same, by page map and words.
-    fn walk_page_map(
-        &self,
-        rights: Rights,
-        beside: &Beside<'_>,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-    ) -> Result<(), Full> {
+    fn walk_page_map(&mut self, rights: Rights) -> Result<(), Full> {
         // A file's own page is replaced by the first store, where the mapping is private.
         let sort = match rights.file && !rights.shared {
             true => Sort::File,
-            false if beside.known.is_some() && !rights.file => Sort::Managed,
+            false if self.beside.known.is_some() && !rights.file => Sort::Managed,
             false => Sort::Anonymous,
         };
         let view_of = |unusual: &Unusual| {
@@ -213,13 +196,13 @@ impl<H: Host> Mm<H> {
         let mut found = [Unusual::absent(rights.range); FOUND];
         let mut rest = Some(rights.range);
         while let Some(part) = rest {
-            let (count, end) = self.host.unusual(part, sort, &mut found);
+            let (count, end) = self.mm.host.unusual(part, sort, &mut found);
             // Words after the page map: a page that leaves in between says so.
             for unusual in &found[..count] {
-                self.tell_to(unusual.range.first(), plain, rights.write, request, seen)?;
-                self.tell_to(unusual.range.end_page(), view_of(unusual), rights.write, request, seen)?;
+                self.tell_to(unusual.range.first(), plain, rights.write)?;
+                self.tell_to(unusual.range.end_page(), view_of(unusual), rights.write)?;
             }
-            self.tell_to(end, plain, rights.write, request, seen)?;
+            self.tell_to(end, plain, rights.write)?;
             rest = behind(rights.range, end);
         }
         Ok(())
@@ -227,93 +210,73 @@ impl<H: Host> Mm<H> {
 
     /// Tells of the pages from where it was told last to before `end`: what the page map says of all of them, and the
     /// word of each.
-    fn tell_to(
-        &self,
-        end: Vpn,
-        mapped: PageView,
-        write: bool,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-    ) -> Result<(), Full> {
-        let from = seen.end();
+    fn tell_to(&mut self, end: Vpn, mapped: PageView, write: bool) -> Result<(), Full> {
+        let from = self.seen.end();
         let Some(range) = VaRange::of_pages(from, end.since(from)) else { return Ok(()) };
         let PageView::Ram { order: Geometry::M2, write: may_write } = mapped else {
-            return self.tell_by_words(range, mapped, write, request, seen);
+            return self.tell_by_words(range, mapped, write);
         };
         // A huge mapping is reported as one only where a driver may take it over as one: all of the chunk was asked about,
         // and all of it is there.
         let in_pieces = PageView::Ram { order: Geometry::K4, write: may_write };
         let whole = |part: &VaRange| part.pages().get() == CHUNK_PAGES;
-        for part in self.table.away(range) {
-            if whole(&part) && self.table.first_away(part).is_none() {
+        for part in self.mm.table.away(range) {
+            if whole(&part) && self.mm.table.first_away(part).is_none() {
                 continue;
             }
-            self.tell_unbroken(part.first(), mapped, in_pieces, seen)?;
-            self.tell_by_words(part, in_pieces, write, request, seen)?;
+            self.tell_unbroken(part.first(), mapped, in_pieces)?;
+            self.tell_by_words(part, in_pieces, write)?;
         }
-        self.tell_unbroken(end, mapped, in_pieces, seen)
+        self.tell_unbroken(end, mapped, in_pieces)
     }
 
     /// Tells of huge mappings from where it was told last to before `end`: those that are cut are told in pieces.
-    fn tell_unbroken(
-        &self,
-        end: Vpn,
-        whole: PageView,
-        in_pieces: PageView,
-        seen: &mut Segments<'_>,
-    ) -> Result<(), Full> {
-        let from = seen.end();
+    fn tell_unbroken(&mut self, end: Vpn, whole: PageView, in_pieces: PageView) -> Result<(), Full> {
+        let from = self.seen.end();
         let head = if from.in_chunk() == 0 { from } else { from.chunk_base().forward(Geometry::M2.pages()) };
-        seen.push_to(head.min(end), in_pieces)?;
-        seen.push_to(end.chunk_base(), whole)?;
-        seen.push_to(end, in_pieces)
+        self.seen.push_to(head.min(end), in_pieces)?;
+        self.seen.push_to(end.chunk_base(), whole)?;
+        self.seen.push_to(end, in_pieces)
     }
 
     /// Tells of the pages of `range`, which the page map says to be `mapped`.
-    fn tell_by_words(
-        &self,
-        range: VaRange,
-        mapped: PageView,
-        write: bool,
-        request: &Request<'_>,
-        seen: &mut Segments<'_>,
-    ) -> Result<(), Full> {
-        for part in self.table.away(range) {
+    fn tell_by_words(&mut self, range: VaRange, mapped: PageView, write: bool) -> Result<(), Full> {
+        for part in self.mm.table.away(range) {
             let mut rest = Some(part);
             while let Some(left) = rest {
-                let Some((page, word)) = self.table.first_away(left) else { break };
-                seen.push_to(page, mapped)?;
-                seen.push_to(page.forward(PageCount::ONE), self.view_of(word, mapped, write, request))?;
-                rest = behind(part, seen.end());
+                let Some((page, word)) = self.mm.table.first_away(left) else { break };
+                self.seen.push_to(page, mapped)?;
+                self.seen.push_to(page.forward(PageCount::ONE), self.view_of(word, mapped, write))?;
+                rest = behind(part, self.seen.end());
             }
         }
-        seen.push_to(range.end_page(), mapped)
+        self.seen.push_to(range.end_page(), mapped)
     }
 
     /// What a page is whose word is not that of one in RAM.
-    fn view_of(&self, word: PageWord, mapped: PageView, may_write: bool, request: &Request<'_>) -> PageView {
+    fn view_of(&self, word: PageWord, mapped: PageView, may_write: bool) -> PageView {
         match word.state() {
             // Given up, and there: the kernel is yet to take it away.
             State::Empty | State::Resident => PageView::Absent,
             State::Poisoned => PageView::Error(Unusable::Poisoned),
             // What could be mapped in place is brought there by being asked for; in a mapping that may not be
             // written it cannot.
-            State::Device if may_write && self.is_mappable(word) => PageView::Absent,
+            State::Device if may_write && self.mm.is_mappable(word) => PageView::Absent,
             State::Device => match word.pfn() {
-                Some(pfn) if request.is_own(self.pagemaps.of(pfn)) => {
+                Some(pfn) if self.request.is_own(self.mm.pagemaps.of(pfn)) => {
                     PageView::Device { pfn, write: may_write }
                 }
                 _ => PageView::Absent,
             },
             State::Exclusive => match word.slot() {
-                Some(slot) if may_write && request.is_held(self.holder_of(slot)) => {
-                    PageView::Exclusive { at: self.slot_address(slot) }
+                Some(slot) if may_write && self.request.is_held(self.mm.holder_of(slot)) => {
+                    PageView::Exclusive { at: self.mm.slot_address(slot) }
                 }
                 _ => PageView::Absent,
             },
             State::Coherent => match (word.pfn(), mapped) {
                 (Some(pfn), PageView::Ram { write, .. }) => {
-                    PageView::Coherent { owner: self.pagemaps.of(pfn).owner(), pfn, write }
+                    PageView::Coherent { owner: self.mm.pagemaps.of(pfn).owner(), pfn, write }
                 }
                 _ => PageView::Absent,
             },
