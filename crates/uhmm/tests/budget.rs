@@ -5,11 +5,13 @@ mod common;
 
 use common::{PAGE, Setup, WORDS, check, eventually, fill, proc_kib, settle, turn};
 use std::sync::Arc;
-use uhmm::{Buffer, ByteSize, Counter, Engine, MemDevice, PageCount, Space};
+use std::time::{Duration, Instant};
+use uhmm::{Buffer, ByteSize, Counter, Engine, MemDevice, PageCount, Skip, Space};
 
 scenarios!(
     resident_memory_stays_inside_the_limit,
     hot_pages_mostly_stay,
+    locked_pages_are_left_alone_for_a_while,
     the_limit_holds_for_several_threads,
     a_full_device_does_not_stop_the_program,
 );
@@ -90,6 +92,38 @@ fn hot_pages_mostly_stay(setup: Setup) {
     let home = space.count(Counter::MovedIn) - before;
     let missed = home.saturating_sub(cold);
     assert!(missed < hot / 4, "{home} pages came home, {cold} cold and {hot} hot touches");
+}
+
+/// What cannot be taken is not tried in every lap of the clock: an attempt copies it.
+fn locked_pages_are_left_alone_for_a_while(setup: Setup) {
+    const LOCKED: usize = 512;
+    /// A quarter of how long they are left alone.
+    const TICK: Duration = Duration::from_millis(50);
+    let _turn = turn();
+    let space = limited(setup, ByteSize::mib(64));
+    let mut buffer = space.map::<u64>(PAGES * WORDS).unwrap();
+    // There before they are locked: nobody but the program can fault for the signal engine.
+    fill(&mut buffer[..LOCKED * WORDS], 7);
+    let locked = common::part(buffer.range(), 0, LOCKED);
+    let start = std::ptr::with_exposed_provenance_mut(locked.start().get());
+    // SAFETY: the buffer's own pages, whose contents do not change by this.
+    if let Err(errno) = unsafe { rustix::mm::mlock(start, locked.bytes()) } {
+        println!("skipped: {} bytes cannot be locked: {errno}", locked.bytes());
+        return;
+    }
+    let before = space.skipped().get(Skip::Refused);
+    let begin = Instant::now();
+    fill(&mut buffer, 7);
+    // Read again and again, so that all of it is expected back and is reached after several laps.
+    for _ in 0..4 {
+        check(&buffer, 7);
+    }
+    let (took, tried) = (begin.elapsed(), space.skipped().get(Skip::Refused) - before);
+    let most = LOCKED as u64 * (took.as_millis() / TICK.as_millis() + 2) as u64;
+    assert!(tried <= most, "{tried} attempts at {LOCKED} locked pages in {took:?}");
+    assert_eq!(space.residency(locked).resident.get(), LOCKED);
+    // SAFETY: as above.
+    unsafe { rustix::mm::munlock(start, locked.bytes()) }.unwrap();
 }
 
 fn the_limit_holds_for_several_threads(setup: Setup) {
